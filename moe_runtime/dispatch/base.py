@@ -1,0 +1,107 @@
+"""Dispatcher: the shuffle to the experts and back. T tokens, H hidden, K top-k, E local slots, R received rows, C capacity.
+
+Laws, checked by one contract suite over every backend:
+* identity experts with weights summing to 1 return `x`;
+* counts conserve the valid assignments: the rows received over all ranks are those with an id >= 0;
+* zero tokens on any rank is legal and still collective;
+* `local` is the oracle; `Capabilities.sums_at_home` says whether a backend equals it bitwise (weighted sum at the token's
+  home rank, in top-k order, fp32) or within which bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from moe_runtime.types import Pending, PhysicalRouting
+
+H = TypeVar("H")
+"""What a backend remembers between dispatch and combine."""
+
+
+class Phase(StrEnum):
+    """What the agreed step holds; it only sizes the step."""
+
+    IDLE = "idle"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchStep:
+    """Agreed by all ranks of the ep group: at most `capacity` tokens per rank enter this dispatch."""
+
+    capacity: int
+    phase: Phase
+    micro_batch: int = 0
+
+
+class Layout(StrEnum):
+    GROUPED = "grouped"
+    PADDED = "padded"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedRows:
+    """Contiguous rows sorted by local slot (prefill).
+
+    `data [R, H]`; `psum [E] int32`: end of slot e's rows; slot e+1 starts at `psum[e]` rounded up to `alignment`.
+    `weights [R] fp32`, only where the backend wants them applied before combine.
+    """
+
+    data: Tensor
+    psum: Tensor
+    alignment: int = 1
+    scales: Tensor | None = None
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedRows:
+    """`data [E, C, H]`, of which the first `counts[e]` (`counts [E] int32`) rows are real (decode)."""
+
+    data: Tensor
+    counts: Tensor
+    scales: Tensor | None = None
+    weights: Tensor | None = None
+
+
+Rows = GroupedRows | PaddedRows
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What callers may rely on."""
+
+    sums_at_home: bool
+    """Weighted sum at the token's home, top-k order, fp32: bitwise equal to `local`."""
+    tolerance: float
+    """Bound on |y - local| / max|local| in fp32 where `sums_at_home` is false; else 0."""
+    layouts: tuple[Layout, ...]
+    counts_on_host: bool
+    graph_safe: bool
+    dedups_per_rank: bool = False
+    hidden_multiple: int = 1
+    max_top_k: int | None = None
+    max_capacity: int | None = None
+
+
+class Dispatcher(Protocol[H]):
+    """One per rank; used by all layers, one dispatch in flight per micro-batch."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def dispatch_begin(self, x: Tensor, routing: PhysicalRouting, step: DispatchStep) -> Pending[tuple[Rows, H]]:
+        """Send `x [T, H]` (T <= step.capacity) to the slots that `routing` names."""
+
+    def combine_begin(self, y: Tensor, handle: H) -> Pending[Tensor]:
+        """Bring the experts' outputs back (`y` shaped as the rows' data) and sum them by weight to `[T, H]`."""
+
+    def receive_bytes(self, step: DispatchStep, hidden: int, itemsize: int, top_k: int) -> int:
+        """Worst-case bytes that one rank receives in one dispatch of this step; the chunk count follows from it."""
+
+    def close(self) -> None: ...
