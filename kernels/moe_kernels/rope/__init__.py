@@ -1,0 +1,28 @@
+"""Rotary position embedding over interleaved pairs. T tokens, R rotary width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_kernels.errors import KernelError
+
+__all__ = ["apply_rope"]
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x [T, ..., R]`, `cos, sin [T, R/2]` -> `[T, ..., R]` in x's dtype, computed in the tables' dtype.
+
+    Input pairs are interleaved, (x0, x1), (x2, x3), ..., as DeepSeek stores them; the output holds all first
+    components, then all second ones (de-interleaved). Dot products of two rotated vectors are those of the
+    interleaved order. Raises KernelError where the widths do not fit.
+    """
+    if x.shape[-1] != 2 * cos.shape[-1] or cos.shape != sin.shape or cos.shape[0] != x.shape[0]:
+        raise KernelError(
+            f"rope got x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; "
+            f"cos and sin must be {(x.shape[0], x.shape[-1] // 2)}"
+        )
+    shape = (cos.shape[0],) + (1,) * (x.dim() - 2) + (cos.shape[1],)
+    cos, sin = cos.view(shape), sin.view(shape)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,235 @@
+"""Reads one rank's slices of a DeepSeek-V2/V3 checkpoint and puts the layers together. h local heads, S shared experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from moe_kernels.gate import GateRule
+from torch import Tensor
+
+from moe_models.base import ModelConfig
+from moe_models.deepseek_v3.model import Block, DeepseekModel
+from moe_runtime.balance.load import LoadRecorder
+from moe_runtime.comm.base import Groups
+from moe_runtime.dispatch.base import Dispatcher
+from moe_runtime.layers.embedding import VocabEmbedding, VocabHead, vocab_shard
+from moe_runtime.layers.experts import DenseMLP, Experts, slice_shared
+from moe_runtime.layers.linear import Linear
+from moe_runtime.layers.mla import MLA, MLAShape, MLAWeights
+from moe_runtime.layers.moe import MoELayer
+from moe_runtime.layers.rope import RotaryTable, YarnScaling
+from moe_runtime.layers.router import Router
+from moe_runtime.loading.source import WeightSource
+from moe_runtime.parallel.mesh import ProcessMesh
+from moe_runtime.parallel.placement import ExpertPlacement
+from moe_runtime.parallel.replicas import ReplicaSelector
+
+SharedExpertsMode = Literal["replicated", "dispatched"]
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """Everything that one rank's layers are made of."""
+
+    config: ModelConfig
+    mesh: ProcessMesh
+    groups: Groups
+    source: WeightSource
+    placement: ExpertPlacement
+    selector: ReplicaSelector
+    dispatcher: Dispatcher[Any]
+    recorder: LoadRecorder
+    shared_experts: SharedExpertsMode
+    batch_invariant: bool
+    max_model_len: int
+
+    def build(self, on_layer: Callable[[int], None] = lambda _: None) -> DeepseekModel:
+        """The model of this rank; `on_layer` is called after each loaded layer."""
+        config = self.config
+        blocks = []
+        for layer in range(config.num_layers):
+            blocks.append(self._block(layer))
+            on_layer(layer)
+        return DeepseekModel(
+            embedding=self._embedding(),
+            blocks=tuple(blocks),
+            norm=self._whole("model.norm.weight"),
+            head=self._head(),
+            rotary=self.source.shared("rotary", self._rotary),
+            eps=config.rms_norm_eps,
+            batch_invariant=self.batch_invariant,
+            location=self.groups.location,
+        )
+
+    # Whole model
+
+    def _rotary(self) -> RotaryTable:
+        config, yarn = self.config, self.config.yarn
+        scaling = None
+        if yarn is not None:
+            scaling = YarnScaling(
+                factor=yarn.factor,
+                original_max_position_embeddings=yarn.original_max_position_embeddings,
+                beta_fast=yarn.beta_fast,
+                beta_slow=yarn.beta_slow,
+                cos_sin_factor=yarn.rotary_scale,
+            )
+        return RotaryTable.build(
+            config.qk_rope_head_dim, theta=config.rope_theta, num_positions=self.max_model_len, yarn=scaling
+        )
+
+    def _embedding(self) -> VocabEmbedding:
+        first, last = vocab_shard(self.config.vocab_size, tp=self.mesh.tp, tp_rank=self.mesh.tp_rank)
+        return VocabEmbedding(self._rows("model.embed_tokens.weight", first, last), first, self.groups.tp)
+
+    def _head(self) -> VocabHead:
+        first, last = vocab_shard(self.config.vocab_size, tp=self.mesh.tp, tp_rank=self.mesh.tp_rank)
+        rows = -(-self.config.vocab_size // self.mesh.tp)
+        name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+
+        def build() -> Linear:
+            weight = self.source.read(name, (slice(first, last), slice(None)))
+            if last - first < rows:
+                weight = torch.nn.functional.pad(weight, (0, 0, 0, rows - (last - first)))
+            return self._linear(weight)
+
+        return VocabHead(self.source.shared(("head", first, last), build), self.config.vocab_size, self.groups.tp)
+
+    # One layer
+
+    def _block(self, layer: int) -> Block:
+        prefix = f"model.layers.{layer}."
+        return Block(
+            attention_norm=self._whole(prefix + "input_layernorm.weight"),
+            attention=self._attention(prefix + "self_attn."),
+            ffn_norm=self._whole(prefix + "post_attention_layernorm.weight"),
+            ffn=self._moe(layer, prefix + "mlp.") if layer in self.config.moe_layers else self._dense(prefix + "mlp."),
+        )
+
+    def _attention(self, prefix: str) -> MLA:
+        config = self.config
+        shape = MLAShape(
+            num_heads=config.num_heads // self.mesh.tp,
+            q_lora_rank=config.q_lora_rank,
+            kv_lora_rank=config.kv_lora_rank,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            scale=config.softmax_scale,
+            eps=config.latent_norm_eps,
+        )
+        weights = self.source.shared((prefix, self.mesh.tp_rank), lambda: self._attention_weights(prefix, shape))
+        return MLA(shape, weights, self.groups.tp, self.batch_invariant)
+
+    def _attention_weights(self, prefix: str, shape: MLAShape) -> MLAWeights:
+        config, read = self.config, self.source.read
+        heads = slice(self.mesh.tp_rank * shape.num_heads, (self.mesh.tp_rank + 1) * shape.num_heads)
+        every = slice(None)
+
+        def head_rows(width: int) -> slice:
+            return slice(heads.start * width, heads.stop * width)
+
+        query_rows = (head_rows(config.qk_nope_head_dim + config.qk_rope_head_dim), every)
+        names = ["kv_a_proj_with_mqa"] if config.q_lora_rank is None else ["q_a_proj", "kv_a_proj_with_mqa"]
+        down = torch.cat([read(f"{prefix}{name}.weight") for name in names])
+        bias = torch.cat([read(f"{prefix}{name}.bias") for name in names]) if config.attention_bias else None
+        query = "q_proj" if config.q_lora_rank is None else "q_b_proj"
+        up_width = config.qk_nope_head_dim + config.v_head_dim
+        up = read(f"{prefix}kv_b_proj.weight", (head_rows(up_width), every)).view(shape.num_heads, up_width, -1)
+        return MLAWeights(
+            down=self._linear(down, bias),
+            q_norm=None if config.q_lora_rank is None else read(f"{prefix}q_a_layernorm.weight"),
+            q=self._linear(read(f"{prefix}{query}.weight", query_rows)),
+            kv_norm=read(f"{prefix}kv_a_layernorm.weight"),
+            key_up=up[:, : config.qk_nope_head_dim].contiguous(),
+            value_up=up[:, config.qk_nope_head_dim :].contiguous(),
+            out=self._linear(read(f"{prefix}o_proj.weight", (every, head_rows(config.v_head_dim)))),
+            out_bias=read(f"{prefix}o_proj.bias") if config.attention_bias else None,
+        )
+
+    def _dense(self, prefix: str) -> DenseMLP:
+        return self.source.shared(prefix, lambda: self._mlp(prefix))
+
+    def _mlp(self, prefix: str) -> DenseMLP:
+        gate_up = torch.cat([self.source.read(f"{prefix}{name}.weight") for name in ("gate_proj", "up_proj")])
+        return DenseMLP(self._linear(gate_up), self._linear(self.source.read(f"{prefix}down_proj.weight")))
+
+    # Experts
+
+    def _moe(self, layer: int, prefix: str) -> MoELayer[Any]:
+        config, index = self.config, self.config.moe_layers.index(layer)
+        dispatched = self.shared_experts == "dispatched"
+        return MoELayer(
+            index=index,
+            router=self.source.shared((prefix, "router"), lambda: self._router(prefix, dispatched=dispatched)),
+            selector=self.selector,
+            dispatcher=self.dispatcher,
+            experts=self._experts(index, prefix),
+            shared=self._dense(prefix + "shared_experts.") if config.n_shared_experts and not dispatched else None,
+            recorder=self.recorder,
+        )
+
+    def _router(self, prefix: str, *, dispatched: bool) -> Router:
+        config = self.config
+        bias = None
+        if config.topk_method == "noaux_tc":
+            bias = self.source.read(f"{prefix}gate.e_score_correction_bias", dtype=torch.float32)
+        return Router(
+            self.source.read(f"{prefix}gate.weight", dtype=torch.float32),
+            gate_rule(config),
+            bias,
+            num_dispatched_shared=config.n_shared_experts if dispatched else 0,
+            batch_invariant=self.batch_invariant,
+        )
+
+    def _experts(self, index: int, prefix: str) -> Experts:
+        """This rank's slots, filled with the experts that the placement puts there."""
+        config = self.config
+        slots, width, hidden = self.placement.num_local, config.moe_intermediate_size, config.hidden_size
+        w13 = torch.empty(slots, 2 * width, hidden, dtype=self.source.dtype)
+        w2 = torch.empty(slots, hidden, width, dtype=self.source.dtype)
+        for slot, logical in enumerate(self.placement.local_logical(index, self.mesh.ep_rank)):
+            if logical < config.n_routed_experts:
+                expert = f"{prefix}experts.{logical}."
+                w13[slot, :width] = self.source.read(f"{expert}gate_proj.weight")
+                w13[slot, width:] = self.source.read(f"{expert}up_proj.weight")
+                w2[slot] = self.source.read(f"{expert}down_proj.weight")
+            else:
+                shared13, shared2 = self.source.shared((prefix, "sliced"), lambda: self._sliced_shared(prefix))
+                w13[slot] = shared13[logical - config.n_routed_experts]
+                w2[slot] = shared2[logical - config.n_routed_experts]
+        return Experts.from_slots(w13, w2, batch_invariant=self.batch_invariant)
+
+    def _sliced_shared(self, prefix: str) -> tuple[Tensor, Tensor]:
+        names = (f"{prefix}shared_experts.{name}_proj.weight" for name in ("gate", "up", "down"))
+        gate, up, down = map(self.source.read, names)
+        return slice_shared(gate, up, down, num_shared=self.config.n_shared_experts)
+
+    # Reading
+
+    def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        return Linear.of(weight, bias, batch_invariant=self.batch_invariant)
+
+    def _whole(self, name: str) -> Tensor:
+        return self.source.shared(name, lambda: self.source.read(name))
+
+    def _rows(self, name: str, first: int, last: int) -> Tensor:
+        return self.source.shared((name, first, last), lambda: self.source.read(name, (slice(first, last), slice(None))))
+
+
+def gate_rule(config: ModelConfig) -> GateRule:
+    """The family's routing rule: V2 (softmax, masked groups score 0), V3 (sigmoid, masked groups -inf)."""
+    v3 = config.topk_method == "noaux_tc"
+    return GateRule(
+        top_k=config.num_experts_per_tok,
+        num_groups=config.n_group,
+        top_groups=config.topk_group,
+        scoring=config.scoring,
+        group_score="top2_sum" if v3 else "max",
+        masked_score=float("-inf") if v3 else 0.0,
+        normalise=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+    )

@@ -1,0 +1,64 @@
+"""DeepSeek-V2/V3 assembled from layers for one rank. N padded group tokens, H hidden, S wanted rows, V vocab.
+
+The residual stream is scattered over tp between attention blocks: a rank holds N/tp rows, so each token enters the
+dispatch on exactly one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_kernels.norm import add_rms_norm, rms_norm
+from torch import Tensor
+
+from moe_runtime.comm.base import Location
+from moe_runtime.layers.embedding import VocabEmbedding, VocabHead
+from moe_runtime.layers.experts import DenseMLP
+from moe_runtime.layers.mla import MLA
+from moe_runtime.layers.moe import MoELayer
+from moe_runtime.layers.rope import RotaryTable
+from moe_runtime.layers.step import StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One decoder layer."""
+
+    attention_norm: Tensor
+    attention: MLA
+    ffn_norm: Tensor
+    ffn: MoELayer | DenseMLP
+
+
+@dataclass(frozen=True, slots=True)
+class DeepseekModel:
+    """The decoder on one rank."""
+
+    embedding: VocabEmbedding
+    blocks: tuple[Block, ...]
+    norm: Tensor
+    head: VocabHead
+    rotary: RotaryTable
+    eps: float
+    batch_invariant: bool
+    location: Location
+
+    def __call__(self, step: StepInputs, caches: tuple[Tensor, ...]) -> Tensor:
+        """`caches`: one `[pages, page, C+R]` per layer, written in place. Returns `logits [S, V] fp32`."""
+        residual = self.embedding(step.token_ids)
+        x = self._norm(residual, self.blocks[0].attention_norm)
+        for layer, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
+            self.location.layer = layer
+            x, residual = self._add_norm(block.attention(x, step, cache), residual, block.ffn_norm)
+            y = block.ffn(x, step.moe) if isinstance(block.ffn, MoELayer) else block.ffn(x)
+            last = layer + 1 == len(self.blocks)
+            weight = self.norm if last else self.blocks[layer + 1].attention_norm
+            x, residual = self._add_norm(y, residual, weight)
+        self.location.layer = None
+        return self.head(x, step.logit_rows)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.eps)
+
+    def _add_norm(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, weight, self.eps)

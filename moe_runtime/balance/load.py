@@ -1,0 +1,46 @@
+"""LoadRecorder: tokens per logical expert and rows per rank, counted where they occur. L layers, E logical experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_runtime.dispatch.base import GroupedRows, PaddedRows, Rows
+from moe_runtime.types import LogicalRouting
+
+
+class LoadRecorder:
+    """Counts on the device, of one rank's real tokens; sum over ranks for the whole load."""
+
+    def __init__(self, num_layers: int, num_logical: int, *, device: torch.device | str = "cpu") -> None:
+        # One entry more than experts: padding rows carry id -1, which wraps to it.
+        self._counts = torch.zeros(num_layers, num_logical + 1, dtype=torch.int64, device=device)
+        self._received = torch.zeros(num_layers, dtype=torch.int64, device=device)
+
+    def record(self, layer: int, routing: LogicalRouting) -> None:
+        """Count the assignments of `routing` for MoE layer `layer`."""
+        ids = routing.expert_ids
+        self._counts[layer].put_(ids, torch.ones_like(ids), accumulate=True)
+
+    def record_received(self, layer: int, rows: Rows) -> None:
+        """Count the rows that this rank's slots received for MoE layer `layer`."""
+        match rows:
+            case GroupedRows(alignment=1):
+                self._received[layer] += rows.data.shape[0]
+            case GroupedRows():
+                starts = torch.nn.functional.pad(-(-rows.psum[:-1] // rows.alignment) * rows.alignment, (1, 0))
+                self._received[layer] += (rows.psum - starts).sum()
+            case PaddedRows():
+                self._received[layer] += rows.counts.sum()
+
+    def received(self) -> Tensor:
+        """[L] int64: rows received by this rank, a copy."""
+        return self._received.clone()
+
+    def counts(self) -> Tensor:
+        """[L, E] int64, a copy."""
+        return self._counts[:, :-1].clone()
+
+    def reset(self) -> None:
+        self._counts.zero_()
+        self._received.zero_()

@@ -1,0 +1,88 @@
+"""The command line: `python -m moe_runtime key=value …`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NoReturn
+
+from moe_runtime.errors import CheckpointError, ConfigError, MoeRuntimeError, RequestError
+
+
+class ExitCode(IntEnum):
+    """What the process tells its caller."""
+
+    OK = 0
+    FAILED = 1
+    BAD_INPUT = 2
+    SOME_REQUESTS_FAILED = 3
+    INTERRUPTED = 130
+    OUTPUT_CLOSED = 141
+
+
+def run() -> NoReturn:
+    """The console script: `main` on the process's own arguments."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? instead of failing
+    code = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = ExitCode.OUTPUT_CLOSED
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(int(code))
+
+
+def main(words: Sequence[str]) -> ExitCode:
+    """Run the job that `words` name. Errors of the user's are printed in one box, without a traceback."""
+    if any(word in ("--help", "-h", "help") for word in words):
+        from moe_runtime.cli.help import help_text
+
+        print(help_text())
+        return ExitCode.OK
+    if "--version" in words:
+        import moe_runtime
+
+        print(f"moe_runtime {moe_runtime.__version__}")
+        return ExitCode.OK
+    try:
+        return _job(words)
+    except (ConfigError, CheckpointError, RequestError) as error:
+        _say(error)
+        return ExitCode.BAD_INPUT
+    except MoeRuntimeError as error:
+        _say(error)
+        return ExitCode.FAILED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return ExitCode.OUTPUT_CLOSED
+    except OSError as error:
+        _say(error)
+        return ExitCode.FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+
+
+def _job(words: Sequence[str]) -> ExitCode:
+    from moe_runtime.launch.env import torchrun_env
+
+    torchrun = torchrun_env()
+    if [word for word in words if word.startswith("job=")][-1:] == ["job=doctor"]:
+        from moe_runtime.cli.doctor import doctor
+
+        return ExitCode.BAD_INPUT if doctor(words, torchrun=torchrun) else ExitCode.OK
+    from moe_runtime.cli.generate import generate
+    from moe_runtime.launch.compose import compose
+
+    failed = generate(compose(words, torchrun=torchrun))
+    return ExitCode.SOME_REQUESTS_FAILED if failed else ExitCode.OK
+
+
+def _say(error: Exception) -> None:
+    from moe_runtime.cli.console import open_console
+
+    open_console(sys.stderr).error(f"{type(error).__name__}: {error}")

@@ -1,0 +1,155 @@
+"""Every setting of a run, as frozen dataclasses whose field metadata is the documentation.
+
+The defaults here and in configs/config.yaml are equal (a test compares them), except that ep, tp and dp are null there:
+unset ones follow from the others (launch/topology.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moe_runtime.errors import ConfigError
+from moe_runtime.schema import Key, keys_of, setting
+
+Job = Literal["generate", "doctor"]
+DtypeName = Literal["auto", "float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
+Launcher = Literal["auto", "virtual", "process", "torchrun"]
+DispatchName = Literal["local", "all_to_all", "all_gather"]
+SharedExperts = Literal["replicated", "dispatched"]
+ReplicaChoice = Literal["static", "round_robin", "nearest"]
+Padding = Literal["auto", "max", "own"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementConfig:
+    """Which rank holds which expert."""
+
+    num_redundant_experts: int = setting(0, "extra expert slots; each holds a second copy of an expert", minimum=0)
+    file: str | None = setting(None, "placement file (JSON) to use instead of the uniform placement", verbatim=True)
+    replica_choice: ReplicaChoice = setting("static", "which copy of an expert a token goes to")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits and modes of the engine. Token, sequence and cache limits hold for each DP group."""
+
+    batch_invariant: bool = setting(False, "outputs bitwise equal whatever the batch, mesh or placement; slower")
+    max_num_batched_tokens: int = setting(
+        2048, "most tokens of one step and DP group; longer prompts run in chunks", minimum=1
+    )
+    max_num_seqs: int = setting(64, "most sequences that one DP group runs at once", minimum=1)
+    max_model_len: int | None = setting(
+        None, "most tokens of prompt and output together; null: the model's own limit", minimum=1
+    )
+    page_size: int = setting(16, "tokens per page of the latent cache", minimum=1, maximum=1024)
+    kv_cache_bytes: int | None = setting(
+        None,
+        "latent cache per rank, e.g. 512MiB; null: room for max_num_seqs full sequences, at most 1GiB per process",
+        minimum=1,
+        size_in_bytes=True,
+    )
+    prefix_caching: bool = setting(True, "reuse cached pages of equal prompt beginnings")
+    padding: Padding = setting(
+        "auto", "token rows of a DP group: max: as many as the largest, own: its own; auto: max under graphs"
+    )
+    dispatch_buffer_bytes: int = setting(
+        256 * 2**20,
+        "most bytes that a rank receives in one dispatch; larger steps run in chunks",
+        minimum=1,
+        size_in_bytes=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """Defaults of a request, with the names of SamplingParams."""
+
+    n: int = setting(1, "completions per prompt", minimum=1, maximum=128)
+    temperature: float = setting(0.0, "0 is greedy; higher is more varied", minimum=0.0)
+    top_k: int = setting(0, "sample among the k likeliest tokens; 0: all", minimum=0)
+    top_p: float = setting(
+        1.0, "sample among the likeliest tokens that hold this much probability", minimum=0.0, maximum=1.0
+    )
+    min_p: float = setting(
+        0.0, "drop tokens below this share of the likeliest one's probability", minimum=0.0, maximum=1.0
+    )
+    repetition_penalty: float = setting(
+        1.0, "above 1 disfavours tokens of prompt and output", minimum=0.01, maximum=100.0
+    )
+    presence_penalty: float = setting(
+        0.0, "subtracted once from the logit of each token already written", minimum=-2.0, maximum=2.0
+    )
+    frequency_penalty: float = setting(0.0, "subtracted per occurrence in the output", minimum=-2.0, maximum=2.0)
+    seed: int | None = setting(None, "seed of each request; null: from `seed` and the request's number", minimum=0)
+    logprobs: int | None = setting(None, "log-probabilities of this many likeliest tokens per output token", minimum=0)
+    prompt_logprobs: int | None = setting(None, "the same for prompt tokens", minimum=0)
+    stop: tuple[str, ...] = setting((), "texts that end the output, e.g. 'sampling.stop=[\"\\n\\n\"]'")
+    stop_token_ids: tuple[int, ...] = setting((), "token ids that end the output, e.g. [1,7]")
+    max_tokens: int = setting(32, "most new tokens per request", minimum=1)
+    min_tokens: int = setting(0, "no stop before this many new tokens", minimum=0)
+    ignore_eos: bool = setting(False, "write on after the end-of-sequence token")
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeConfig:
+    """A whole run. `world = pp·dp·tp`, `ep = dp·tp`: experts are spread over all ranks of a pipeline stage."""
+
+    job: Job = setting("generate", "what to do: write text, or check the settings without loading weights")
+    preset: str = setting("none", "settings of a known deployment, from configs/preset; other keys win over it")
+    model: str = setting("demo", "checkpoint folder, or a name: demo, deepseek_v3, …", verbatim=True)
+    prompts: str | None = setting(
+        None, 'file of prompts: one per line, or JSON lines with "prompt"; null: the model\'s own', verbatim=True
+    )
+    output: str | None = setting(None, "JSON lines file to write, one line per request", verbatim=True)
+    dtype: DtypeName = setting("auto", "computation in this dtype; auto: the checkpoint's")
+    device: Device = setting("cpu", "where tensors live")
+    seed: int = setting(0, "seed of all sampling", minimum=0)
+    ep: int = setting(1, "ranks that share the experts", minimum=1, follows="dp·tp, or torchrun's world")
+    tp: int = setting(1, "ranks that share the attention heads", minimum=1, follows="4 where ep ≥ 32 allows it, else 1")
+    dp: int = setting(1, "attention groups, each with its own requests", minimum=1, follows="ep/tp")
+    pp: int = setting(1, "pipeline stages", minimum=1)
+    ranks_per_node: int = setting(8, "ranks on one machine", minimum=1)
+    launcher: Launcher = setting(
+        "auto", "how ranks run; auto: torchrun's where it started us, else virtual (in this process)"
+    )
+    dispatch: DispatchName = setting("all_to_all", "how tokens travel to the experts")
+    shared_experts: SharedExperts = setting(
+        "replicated", "shared experts on every rank, or dispatched as always-chosen experts"
+    )
+    num_threads: int | None = setting(None, "CPU threads of each process; null: torch's choice", minimum=1)
+    comm_timeout_s: float = setting(60.0, "seconds after which a missing rank is reported", minimum=0.1)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        if self.dp * self.tp != self.ep:
+            raise ConfigError(
+                f"ep={self.ep}, dp={self.dp}, tp={self.tp}: ep must equal dp·tp = {self.dp * self.tp}. "
+                f"Set ep={self.dp * self.tp}, or leave one of them out."
+            )
+
+
+def keys() -> tuple[Key, ...]:
+    """Every setting under its dotted name, in the order of the documentation."""
+    return keys_of(RuntimeConfig)
+
+
+def build_config(values: Mapping[str, object]) -> RuntimeConfig:
+    """The configuration from flat checked values, in which ep, tp and dp are numbers."""
+    missing = [name for name in ("ep", "tp", "dp") if values[name] is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: not set. Derive them first (launch.topology.resolve), or set them.")
+    sections: dict[str, dict[str, Any]] = {"": {}, "placement": {}, "engine": {}, "sampling": {}}
+    for name, value in values.items():
+        section, _, leaf = name.rpartition(".")
+        sections[section][leaf] = value
+    return RuntimeConfig(
+        **sections[""],
+        placement=PlacementConfig(**sections["placement"]),
+        engine=EngineConfig(**sections["engine"]),
+        sampling=SamplingConfig(**sections["sampling"]),
+    )

@@ -1,0 +1,133 @@
+"""Dispatch by all-gather, combine by reduce-scatter: fixed sizes, every token to every rank.
+
+T tokens, C capacity, H hidden, K top-k, S = ep ranks, E local slots, R rows of this rank's slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from moe_runtime.comm.base import Communicator
+from moe_runtime.dispatch.base import Capabilities, DispatchStep, Layout, Rows
+from moe_runtime.dispatch.local import rows_bytes
+from moe_runtime.dispatch.rows import lay_out, wire_order
+from moe_runtime.types import NOWHERE, Pending, PhysicalRouting
+
+TOLERANCE = 1e-5
+"""A sum of K + S terms regrouped by rank: (K + S)·2^-24 relative to the largest term, times 4 for cancellation at K=8;
+adding the zeros of ranks that hold none of a token's experts is exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllGatherHandle:
+    token_of: Tensor
+    """[R] int64: row of the gathered `[S*C, H]` tokens that each wire row came from."""
+    weights: Tensor
+    """[R, 1] fp32."""
+    capacity: int
+    num_tokens: int
+    position: Tensor | None
+
+
+class AllGatherDispatcher:
+    """`Dispatcher[AllGatherHandle]` over any communicator; each rank sums its own slots' share in fp32."""
+
+    def __init__(
+        self,
+        ep: Communicator,
+        num_slots: int,
+        *,
+        layout: Layout = Layout.GROUPED,
+        alignment: int = 1,
+    ) -> None:
+        """`num_slots`: local slots of each rank."""
+        self._ep = ep
+        self._slots = num_slots
+        self._layout = layout
+        self._alignment = alignment
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            sums_at_home=False,
+            tolerance=TOLERANCE,
+            layouts=tuple(Layout),
+            counts_on_host=True,
+            graph_safe=False,
+            dedups_per_rank=True,
+        )
+
+    def dispatch_begin(
+        self, x: Tensor, routing: PhysicalRouting, step: DispatchStep
+    ) -> Pending[tuple[Rows, AllGatherHandle]]:
+        assert x.shape[0] <= step.capacity, f"{x.shape[0]} tokens exceed the agreed capacity {step.capacity}"
+        # Slot numbers are below 2^31: ids and weights travel as one int32 tensor [C, 2K].
+        meta = torch.cat([routing.expert_ids.to(torch.int32), routing.weights.view(torch.int32)], dim=1)
+        missing = step.capacity - x.shape[0]
+        tokens = self._ep.all_gather_begin(pad(x, (0, 0, 0, missing)) if missing else x)
+        routes = self._ep.all_gather_begin(pad(meta, (0, 0, 0, missing), value=NOWHERE) if missing else meta)
+        return _Gathering(self, tokens, routes, step.capacity, x.shape[0])
+
+    def combine_begin(self, y: Tensor, handle: AllGatherHandle) -> Pending[Tensor]:
+        terms = wire_order(y, handle.position).float() * handle.weights
+        partial = terms.new_zeros(self._ep.size * handle.capacity, y.shape[-1])
+        partial.index_add_(0, handle.token_of, terms)
+        return _Scattering(self._ep.reduce_scatter_begin(partial), handle.num_tokens, y.dtype)
+
+    def receive_bytes(self, step: DispatchStep, hidden: int, itemsize: int, top_k: int) -> int:
+        """All tokens with their routing, the rows of this rank's slots, and a second copy of these where padded."""
+        tokens = self._ep.size * step.capacity
+        per_token = min(top_k, self._slots)
+        row_bytes = hidden * itemsize
+        total = tokens * (row_bytes + 8 * top_k) + tokens * per_token * row_bytes
+        if self._layout is Layout.GROUPED and self._alignment == 1:
+            return total
+        return total + rows_bytes(tokens, per_token, self._slots, row_bytes, self._layout, self._alignment)
+
+    def close(self) -> None: ...
+
+    def _select(self, tokens: Tensor, routes: Tensor, capacity: int, num_tokens: int) -> tuple[Rows, AllGatherHandle]:
+        """The rows of this rank's slots, sorted by slot, then token."""
+        top_k = routes.shape[1] // 2
+        slots = routes[:, :top_k] - self._ep.rank * self._slots
+        mine = ((slots >= 0) & (slots < self._slots)).nonzero()
+        slot = slots[mine[:, 0], mine[:, 1]]
+        if self._slots > 1:
+            slot, order = slot.sort(stable=True)
+            mine = mine[order]
+        token_of = mine[:, 0]
+        weights = routes[token_of, mine[:, 1] + top_k].view(torch.float32).unsqueeze(1)
+        counts = torch.bincount(slot, minlength=self._slots).unsqueeze(0)
+        wire = tokens.index_select(0, token_of)
+        rows, position = lay_out(wire, counts, self._layout, alignment=self._alignment)
+        return rows, AllGatherHandle(token_of, weights, capacity, num_tokens, position)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathering:
+    """Tokens and routing on their way to all ranks."""
+
+    dispatcher: AllGatherDispatcher
+    tokens: Pending[Tensor]
+    routes: Pending[Tensor]
+    capacity: int
+    num_tokens: int
+
+    def wait(self) -> tuple[Rows, AllGatherHandle]:
+        return self.dispatcher._select(self.tokens.wait(), self.routes.wait(), self.capacity, self.num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scattering:
+    """Partial sums on their way home."""
+
+    sums: Pending[Tensor]
+    num_tokens: int
+    dtype: torch.dtype
+
+    def wait(self) -> Tensor:
+        return self.sums.wait()[: self.num_tokens].to(self.dtype)

@@ -1,0 +1,86 @@
+"""Rows in wire order and in canonical layout.
+
+T tokens, K top-k, N assignments, R rows, S sources, E local slots, P physical slots, H hidden.
+Wire order at a token's home: by physical slot, then token, then k; so blocks per destination rank are contiguous.
+Wire order at the receiver: by source rank, then local slot: S·E blocks, regrouped here to slot-major.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_runtime.dispatch.base import GroupedRows, Layout, PaddedRows, Rows
+
+
+@dataclass(frozen=True, slots=True)
+class SendOrder:
+    """The assignments of `expert_ids [T, K]` in wire order."""
+
+    token_of: Tensor
+    """[N] int64: the token of each wire row."""
+    row_of: Tensor
+    """[T, K] int64: the wire row of each assignment, -1 for NOWHERE."""
+    counts: Tensor
+    """[P] int64: rows per slot."""
+
+
+def send_order(expert_ids: Tensor, slot_bounds: Tensor) -> SendOrder:
+    """Sort `expert_ids [T, K] int64` (−1 = nowhere) by slot; `slot_bounds` is `arange(P + 1)`.
+
+    Waits for the device once (the number of assignments that go nowhere).
+    """
+    tokens, top_k = expert_ids.shape
+    flat = expert_ids.reshape(-1)
+    slots, order = flat.sort(stable=True)
+    ends = torch.searchsorted(slots, slot_bounds)
+    row_of = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    if nowhere := int(ends[0]):
+        row_of = (row_of - nowhere).clamp_(min=-1)
+        order = order[nowhere:]
+    return SendOrder(order // top_k, row_of.view(tokens, top_k), ends.diff())
+
+
+def lay_out(wire: Tensor, counts: Tensor, layout: Layout, *, alignment: int = 1) -> tuple[Rows, Tensor | None]:
+    """`wire [R, H]` in `counts [S, E] int64` blocks -> rows in canonical layout, and where each wire row went.
+
+    The position `[R] int64` indexes the rows' data viewed as `[-1, H]`; None where wire rows stayed as they are.
+    Padding rows are zero. Waits for the device once where there is padding.
+    """
+    sources, slots = counts.shape
+    per_slot = counts.sum(0) if slots > 1 else counts.new_full((1,), wire.shape[0])
+    ends = per_slot.cumsum(0) if slots > 1 else per_slot
+    if layout is Layout.GROUPED and alignment == 1:
+        psum = ends.to(torch.int32)
+        if slots == 1 or sources == 1:
+            return GroupedRows(wire, psum), None
+        position = _positions(counts, ends - per_slot, wire.shape[0])
+        return GroupedRows(torch.empty_like(wire).index_copy_(0, position, wire), psum), position
+    if layout is Layout.GROUPED:
+        spans = (per_slot + (alignment - 1)) // alignment * alignment
+        starts = spans.cumsum(0) - spans
+        position = _positions(counts, starts, wire.shape[0])
+        data = wire.new_zeros(int(spans.sum()), wire.shape[1]).index_copy_(0, position, wire)
+        return GroupedRows(data, (starts + per_slot).to(torch.int32), alignment), position
+    capacity = int(per_slot.max())
+    position = _positions(counts, torch.arange(slots, device=wire.device) * capacity, wire.shape[0])
+    data = wire.new_zeros(slots * capacity, wire.shape[1]).index_copy_(0, position, wire)
+    return PaddedRows(data.view(slots, capacity, wire.shape[1]), per_slot.to(torch.int32)), position
+
+
+def wire_order(y: Tensor, position: Tensor | None) -> Tensor:
+    """Inverse of `lay_out`: the experts' outputs `y` (shaped as the rows' data) in wire order `[R, H]`."""
+    return y if position is None else y.reshape(-1, y.shape[-1]).index_select(0, position)
+
+
+def _positions(counts: Tensor, starts: Tensor, num_rows: int) -> Tensor:
+    """[R] int64: where each wire row goes if slot e's rows begin at `starts[e]`, sources in order within a slot."""
+    earlier_sources = counts.cumsum(0) - counts
+    flat = counts.reshape(-1)
+    wire_starts = flat.cumsum(0) - flat
+    shift = (earlier_sources + starts).reshape(-1) - wire_starts
+    return torch.arange(num_rows, device=counts.device).add_(
+        torch.repeat_interleave(shift, flat, output_size=num_rows)
+    )

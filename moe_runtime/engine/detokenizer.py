@@ -1,0 +1,171 @@
+"""Incremental text of one completion at the owner of the requests: UTF-8 safe, with stop texts across token borders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from moe_runtime.engine.request import SamplingParams
+
+_REPLACEMENT = "\ufffd"
+_CONTEXT_TOKENS = 5
+"""Prompt tokens decoded along, so that decoders that treat the first token apart see a middle."""
+_LONGEST_INCOMPLETE = 3
+"""Bytes of a UTF-8 character that can be there while the character is incomplete."""
+_LONGEST_WINDOW = 64
+"""Tokens after which a text that never ends on a whole character (bytes that are no text) is taken as it is."""
+
+
+class TokenDecoder(Protocol):
+    """`tokenizers.Tokenizer`, or anything else that decodes."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+
+class IncrementalDecoder:
+    """Turns tokens into text piece by piece; what was given out is never taken back.
+
+    Decoding a token alone is wrong (it may hold part of a character, or depend on its left neighbour), decoding all
+    tokens again is quadratic: a window from the last whole character but one piece is decoded each time.
+    """
+
+    __slots__ = ("_decoder", "_given", "_ids", "_keep", "_skip_special")
+
+    def __init__(self, decoder: TokenDecoder, context: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
+        self._decoder = decoder
+        self._skip_special = skip_special_tokens
+        self._ids = list(context[-_CONTEXT_TOKENS:])
+        self._keep = len(self._ids)  # window tokens before the last piece
+        self._given = len(self._decode())  # characters of the window given out, or of the prompt
+
+    def append(self, token: int) -> str:
+        """The text that this token makes certain, possibly empty."""
+        self._ids.append(token)
+        text = self._decode()
+        certain = max(len(text.rstrip(_REPLACEMENT)), len(text) - _LONGEST_INCOMPLETE)
+        if len(self._ids) > _LONGEST_WINDOW:
+            certain = len(text)
+        if certain <= self._given:
+            return ""
+        piece = text[self._given : certain]
+        self._given = certain
+        if certain == len(text):
+            self._ids = self._ids[self._keep :]
+            self._keep = len(self._ids)
+            self._given = len(self._decode())
+        return piece
+
+    def finish(self) -> str:
+        """The rest: an incomplete character at the very end, as its replacement character."""
+        piece = self._decode()[self._given :]
+        self._given += len(piece)
+        return piece
+
+    def _decode(self) -> str:
+        return self._decoder.decode(self._ids, skip_special_tokens=self._skip_special)
+
+
+class StopMatcher:
+    """Finds the stop text that ends first (of those, the one that begins first), however the text comes in pieces."""
+
+    __slots__ = ("_held", "_stops")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def feed(self, piece: str, *, armed: bool = True) -> tuple[str, str | None]:
+        """The text that can no longer belong to a stop text, and the stop text found (its own text not included).
+
+        Where not `armed`, stop texts that end within this piece are ordinary text.
+        """
+        text = self._held + piece
+        if armed and (found := self._first(text, len(self._held))) is not None:
+            begin, stop = found
+            self._held = ""
+            return text[:begin], stop
+        held = self._possible_beginning(text)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held], None
+
+    def finish(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first(self, text: str, seen: int) -> tuple[int, str] | None:
+        """Begin and text of the match with the earliest end beyond `seen` characters."""
+        best: tuple[int, int, str] | None = None
+        for stop in self._stops:
+            begin = text.find(stop, max(0, seen + 1 - len(stop)))
+            if begin >= 0 and (best is None or (begin + len(stop), begin) < best[:2]):
+                best = (begin + len(stop), begin, stop)
+        return None if best is None else (best[1], best[2])
+
+    def _possible_beginning(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop text may begin with (and go on after)."""
+        longest = 0
+        for stop in self._stops:
+            for length in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
+
+
+class Detokenizer:
+    """One completion's text. Feed the tokens in order; after `stopped`, further tokens are ignored.
+
+    `num_tokens` counts the tokens that belong to the completion: tokens that the engine generated before it heard of a
+    stop text are not among them.
+    """
+
+    __slots__ = ("_decoder", "_matcher", "_params", "_text", "num_tokens", "stop_reason")
+
+    def __init__(self, decoder: TokenDecoder, params: SamplingParams, prompt_token_ids: Sequence[int] = ()) -> None:
+        self._params = params
+        self._decoder = IncrementalDecoder(decoder, prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
+        self._matcher = StopMatcher(params.stop_strings) if params.stop_strings else None
+        self._text: list[str] = []
+        self.num_tokens = 0
+        self.stop_reason: str | None = None
+        """The stop text that was found."""
+
+    @property
+    def stopped(self) -> bool:
+        """A stop text was found: the request can be aborted and is finished with "stop"."""
+        return self.stop_reason is not None
+
+    @property
+    def text(self) -> str:
+        """All text given out so far."""
+        if len(self._text) > 1:
+            self._text = ["".join(self._text)]
+        return self._text[0] if self._text else ""
+
+    def append(self, token: int, *, is_stop_token: bool = False) -> str:
+        """The new text, possibly empty. A token of `stop_token_ids` that ended the request gives none."""
+        if self.stopped:
+            return ""
+        self.num_tokens += 1
+        if is_stop_token and not self._params.include_stop_str_in_output:
+            return ""
+        return self._give(self._decoder.append(token), armed=self.num_tokens > self._params.min_tokens)
+
+    def finish(self) -> str:
+        """The text still held back when no more tokens come."""
+        if self.stopped:
+            return ""
+        piece = self._give(self._decoder.finish(), armed=self.num_tokens > self._params.min_tokens)
+        rest = self._matcher.finish() if self._matcher is not None else ""  # empty after a stop text
+        self._text.append(rest)
+        return piece + rest
+
+    def _give(self, piece: str, *, armed: bool) -> str:
+        if self._matcher is not None:
+            piece, self.stop_reason = self._matcher.feed(piece, armed=armed)
+            if self.stop_reason is not None and self._params.include_stop_str_in_output:
+                piece += self.stop_reason
+        if piece:
+            self._text.append(piece)
+        return piece

@@ -1,0 +1,280 @@
+"""RankEngine: the SPMD program of one rank. Every rank enters every step; nothing about its shape is decided locally.
+
+Who decides: tp rank 0 of each DP group (its leader) schedules and samples; world rank 0 owns the requests. Leaders meet on
+the dp axis, each hands the agreed step and its plan to its group on the tp axis.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_runtime.balance.load import LoadRecorder
+from moe_runtime.comm.base import Groups
+from moe_runtime.dispatch.base import Phase
+from moe_runtime.engine.lockstep import AgreedStep, LockstepLimits, Wish, agree
+from moe_runtime.engine.messages import GroupCommands, TokenResult, decode_results, encode_results
+from moe_runtime.engine.plan import StepPlan
+from moe_runtime.engine.runner import GroupStep, Runner
+from moe_runtime.engine.sampler import Sampled, Sampler, TokenLogprobs, prompt_logprobs
+from moe_runtime.engine.scheduler import Finished, Scheduler
+from moe_runtime.errors import CommunicationError
+
+_PHASES = tuple(Phase)
+_HEADER = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """Counters of all ranks since the start."""
+
+    expert_load: Tensor
+    """[L, E'] int64: tokens per MoE layer and logical expert"""
+    rank_load: Tensor
+    """[L, ep] int64: rows received per MoE layer and rank"""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What the owner learns of one step."""
+
+    results: Sequence[TokenResult]
+    agreed: AgreedStep
+    elapsed_s: float
+    load: LoadReport | None = None
+
+
+class Owner(Protocol):
+    """World rank 0's side of the requests; called on the engine's thread."""
+
+    def commands(self, *, idle: bool) -> bytes:
+        """The encoded commands for the next step. Where `idle`, waits a moment for some."""
+
+    def report(self, step: StepReport) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """What tp rank 0 of a DP group has beside the others. `owner` on world rank 0 only."""
+
+    scheduler: Scheduler
+    sampler: Sampler
+    owner: Owner | None
+
+
+@dataclass(slots=True)
+class RankEngine:
+    """One rank: `serve` runs steps until the owner stops."""
+
+    groups: Groups
+    runner: Runner
+    recorder: LoadRecorder
+    limits: LockstepLimits
+    leader: Leader | None
+    _step: int = 0
+    _idle: bool = True
+
+    def serve(self) -> None:
+        """Steps until the owner says stop."""
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """Agree, plan, run, sample, commit. False after the last step."""
+        started = time.perf_counter()
+        self.groups.location.step = self._step
+        if self.leader is None:
+            header, plan = _decode(self.groups.tp.share(None, 0))
+            agreed, commands = None, GroupCommands(report=bool(header[1]), stop=bool(header[0]))
+            step = _group_step(header)
+        else:
+            commands = self._commands(self.leader)
+            plan = self.leader.scheduler.plan()
+            agreed = self._agree(self.leader, plan, commands)
+            step = self._group_step(agreed)
+            self.groups.tp.share(_encode(step, plan, commands), 0)
+        results: list[TokenResult] = []
+        if step.phase is not Phase.IDLE:
+            logits = self.runner.run(plan, step)
+            if self.leader is not None:
+                results = self._sample(self.leader, plan, logits)
+        load = self._load() if commands.report else None
+        if self.leader is not None and agreed is not None:
+            self._tell(self.leader, results, agreed, started=started, load=load)
+        self._step += 1
+        return not commands.stop
+
+    # Agree
+
+    def _commands(self, leader: Leader) -> GroupCommands:
+        """The owner's commands for this group, applied to its scheduler."""
+        dp = self.groups.dp
+        mine = leader.owner.commands(idle=self._idle) if leader.owner is not None else None
+        commands = GroupCommands.decode(dp.share(mine, 0), dp.rank)
+        for request in commands.add:
+            leader.scheduler.add(request)
+        for request_id in commands.abort:
+            leader.scheduler.abort(request_id)
+        return commands
+
+    def _agree(self, leader: Leader, plan: StepPlan, commands: GroupCommands) -> AgreedStep:
+        wish = Wish(
+            step=self._step,
+            num_tokens=plan.num_tokens,
+            num_decode_tokens=plan.num_decode_tokens,
+            num_samples=plan.num_samples,
+            outstanding=leader.scheduler.outstanding_tokens,
+            stop=int(commands.stop),
+        )
+        agreed = agree(self.groups.dp.exchange(wish.to_row()), limits=self.limits)
+        self._idle = not any(agreed.outstanding)
+        if not self._idle and not agreed.num_tokens and not commands.abort:
+            raise CommunicationError(
+                f"step {self._step}: {sum(agreed.outstanding)} tokens are outstanding but no group planned any"
+            )
+        return agreed
+
+    def _group_step(self, agreed: AgreedStep) -> GroupStep:
+        padded = agreed.padded_tokens[self.groups.dp.rank]
+        return GroupStep(agreed.phase, padded, agreed.capacity, agreed.num_chunks, agreed.chunk_tokens)
+
+    # Sample and commit
+
+    def _sample(self, leader: Leader, plan: StepPlan, logits: Tensor) -> list[TokenResult]:
+        prompts, sample_at = _split_rows(plan)
+        rows = leader.scheduler.sample_rows(plan)
+        picked = logits if len(sample_at) == logits.shape[0] else logits[torch.tensor(sample_at, dtype=torch.int64)]
+        sampled = leader.sampler.sample(picked, rows)
+        scored = {
+            chunk_id: self._prompt_logprobs(leader, chunk_id, logits[first:last], position)
+            for chunk_id, first, last, position in prompts
+        }
+        failed = {row.request_id for row, token in zip(rows, sampled, strict=True) if token.token_id is None}
+        failed |= {request_id for request_id, scores in scored.items() if scores is None}
+        counters = {row.request_id: leader.scheduler.sequence(row.request_id) for row in rows}
+        tokens = {row.request_id: token for row, token in zip(rows, sampled, strict=True)}
+        ended = {
+            done.request_id: done
+            for done in leader.scheduler.commit(
+                plan,
+                {key: token.token_id for key, token in tokens.items() if token.token_id is not None},
+                failed=failed,
+            )
+        }
+        results = []
+        for request_id in {**tokens, **scored}:
+            state = counters.get(request_id)
+            results.append(
+                _result(
+                    request_id,
+                    tokens.get(request_id),
+                    scored.get(request_id) or (),
+                    ended.get(request_id),
+                    cached=0 if state is None else state.num_cached_tokens,
+                    preemptions=0 if state is None else state.num_preemptions,
+                )
+            )
+        return results
+
+    @staticmethod
+    def _prompt_logprobs(
+        leader: Leader, request_id: int, logits: Tensor, position: int
+    ) -> tuple[TokenLogprobs, ...] | None:
+        """Of the prompt tokens that follow `position …`; None where the logits are not finite."""
+        state = leader.scheduler.sequence(request_id)
+        if state is None or state.request.params.prompt_logprobs is None:
+            return ()
+        targets = state.tokens[position + 1 : position + 1 + logits.shape[0]]
+        scores = prompt_logprobs(logits, targets, state.request.params.prompt_logprobs)
+        return None if scores is None else tuple(scores)
+
+    # Tell the owner
+
+    def _load(self) -> LoadReport:
+        experts = self.groups.ep.all_reduce(self.recorder.counts())
+        ranks = self.groups.ep.all_gather(self.recorder.received().unsqueeze(0))
+        return LoadReport(experts, ranks.t())
+
+    def _tell(
+        self,
+        leader: Leader,
+        results: list[TokenResult],
+        agreed: AgreedStep,
+        *,
+        started: float,
+        load: LoadReport | None,
+    ) -> None:
+        everybody: list[TokenResult] = results
+        if agreed.phase is not Phase.IDLE and self.groups.dp.size > 1:
+            payloads = self.groups.dp.collect(encode_results(results))
+            if leader.owner is not None:
+                everybody = [result for payload in payloads for result in decode_results(payload)]
+        if leader.owner is not None:
+            leader.owner.report(StepReport(everybody, agreed, time.perf_counter() - started, load))
+
+
+def _encode(step: GroupStep, plan: StepPlan, commands: GroupCommands) -> bytes:
+    header = [
+        int(commands.stop),
+        int(commands.report),
+        _PHASES.index(step.phase),
+        step.padded_tokens,
+        step.capacity,
+        step.num_chunks,
+        step.chunk_tokens,
+        0,
+    ]
+    return np.array(header + plan.to_ints(), dtype=np.int64).tobytes()
+
+
+def _decode(payload: bytes) -> tuple[list[int], StepPlan]:
+    row = np.frombuffer(payload, dtype=np.int64).tolist()
+    return row[:_HEADER], StepPlan.from_ints(row[_HEADER:])
+
+
+def _group_step(header: Sequence[int]) -> GroupStep:
+    return GroupStep(_PHASES[header[2]], *header[3:7])
+
+
+def _split_rows(plan: StepPlan) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+    """The logits' rows that score prompt tokens, as (request, first row, last row, position), and those to sample."""
+    prompts: list[tuple[int, int, int, int]] = []
+    samples: list[int] = []
+    row = 0
+    for chunk in plan.chunks:
+        scores = chunk.num_logits - chunk.sample
+        if scores:
+            prompts.append((chunk.request_id, row, row + scores, chunk.start + chunk.logit_start))
+        row += chunk.num_logits
+        if chunk.sample:
+            samples.append(row - 1)
+    return prompts, samples
+
+
+def _result(
+    request_id: int,
+    sampled: Sampled | None,
+    scores: tuple[TokenLogprobs, ...],
+    ended: Finished | None,
+    *,
+    cached: int,
+    preemptions: int,
+) -> TokenResult:
+    failure = ended is not None and ended.reason == "abort"
+    return TokenResult(
+        request_id,
+        token_id=None if sampled is None else sampled.token_id,
+        logprobs=None if sampled is None else sampled.logprobs,
+        prompt_logprobs=scores,
+        finish_reason=None if ended is None else ended.reason,
+        stop_reason=ended.stop_reason if ended is not None and isinstance(ended.stop_reason, int) else None,
+        num_cached_tokens=cached,
+        num_preemptions=preemptions,
+        error=str(ended.stop_reason) if failure and ended is not None else None,
+    )

@@ -1,0 +1,104 @@
+"""What crosses the control plane: commands from the owner of the requests, results from the groups. JSON, no pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from moe_runtime.engine.request import FinishReason, Request, decode_requests, encode_requests
+from moe_runtime.engine.sampler import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """What the owner asks before a step. `add` and `abort` are by DP group.
+
+    `report`: every rank sends its load counters after the step. `stop`: this step is the last.
+    """
+
+    add: Mapping[int, Sequence[Request]] = field(default_factory=dict)
+    abort: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    report: bool = False
+    stop: bool = False
+
+    @property
+    def empty(self) -> bool:
+        return not (self.add or self.abort or self.report or self.stop)
+
+    def encode(self) -> bytes:
+        """Empty bytes where there is nothing to say. The requests of a group stay encoded until that group reads them."""
+        if self.empty:
+            return b""
+        add = {str(group): encode_requests(requests).decode() for group, requests in self.add.items()}
+        abort = {str(group): list(ids) for group, ids in self.abort.items()}
+        return json.dumps({"add": add, "abort": abort, "report": self.report, "stop": self.stop}).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCommands:
+    """A DP group's part of `Commands`."""
+
+    add: Sequence[Request] = ()
+    abort: Sequence[int] = ()
+    report: bool = False
+    stop: bool = False
+
+    @classmethod
+    def decode(cls, payload: bytes, group: int) -> GroupCommands:
+        """The part of DP group `group`."""
+        if not payload:
+            return cls()
+        values = json.loads(payload)
+        add = values["add"].get(str(group))
+        return cls(
+            decode_requests(add.encode()) if add else (),
+            values["abort"].get(str(group), ()),
+            values["report"],
+            values["stop"],
+        )
+
+
+class TokenResult(NamedTuple):
+    """What one step brought one request.
+
+    `token_id` is None where none was sampled (a prompt chunk, or a failure, which `error` names). `prompt_logprobs`
+    continue those sent before. `finish_reason` closes the request.
+    """
+
+    request_id: int
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    error: str | None = None
+
+
+def encode_results(results: Sequence[TokenResult]) -> bytes:
+    """Empty bytes for no results."""
+    return json.dumps(results, separators=(",", ":")).encode() if results else b""
+
+
+def decode_results(payload: bytes) -> list[TokenResult]:
+    """The inverse of `encode_results`."""
+    results = []
+    for row in json.loads(payload) if payload else ():
+        result = TokenResult(*row)
+        results.append(
+            result._replace(
+                logprobs=_logprobs(result.logprobs),
+                prompt_logprobs=tuple(lp for item in result.prompt_logprobs if (lp := _logprobs(item)) is not None),
+            )
+        )
+    return results
+
+
+def _logprobs(row: Sequence[Sequence[float]] | None) -> TokenLogprobs | None:
+    if row is None:
+        return None
+    ids, values, ranks = row
+    return TokenLogprobs(tuple(map(int, ids)), tuple(values), tuple(map(int, ranks)))

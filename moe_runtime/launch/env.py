@@ -1,0 +1,59 @@
+"""The only reader of environment variables: what torchrun tells the processes that it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moe_runtime.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class TorchrunEnv:
+    """One process's place in a torchrun world, and where its rendezvous listens."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node_rank: int
+    master_addr: str
+    master_port: int
+
+
+def torchrun_env(environ: Mapping[str, str] | None = None) -> TorchrunEnv | None:
+    """The variables that torchrun sets, or None where it did not start this process.
+
+    Raises ConfigError where only some of them are there or one is no number.
+    """
+    variables = os.environ if environ is None else environ
+    if "TORCHELASTIC_RUN_ID" not in variables and not {"RANK", "WORLD_SIZE"} <= variables.keys():
+        return None
+    return TorchrunEnv(
+        rank=_number(variables, "RANK"),
+        world_size=_number(variables, "WORLD_SIZE"),
+        local_rank=_number(variables, "LOCAL_RANK"),
+        local_world_size=_number(variables, "LOCAL_WORLD_SIZE"),
+        node_rank=_number(variables, "GROUP_RANK") if "GROUP_RANK" in variables else 0,
+        master_addr=_text(variables, "MASTER_ADDR"),
+        master_port=_number(variables, "MASTER_PORT"),
+    )
+
+
+def _text(variables: Mapping[str, str], name: str) -> str:
+    if not variables.get(name):
+        raise ConfigError(
+            f"{name}: not set, although other torchrun variables are. Start with "
+            "`torchrun --nproc-per-node N -m moe_runtime …`, or unset RANK and WORLD_SIZE."
+        )
+    return variables[name]
+
+
+def _number(variables: Mapping[str, str], name: str) -> int:
+    text = _text(variables, name)
+    if not text.isdecimal():
+        raise ConfigError(
+            f"{name}={text}: torchrun's variables are whole numbers. Start with torchrun, or unset {name}."
+        )
+    return int(text)

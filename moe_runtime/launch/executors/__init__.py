@@ -1,0 +1,21 @@
+"""How ranks run: in this process, as local processes, or under torchrun."""
+
+from __future__ import annotations
+
+from moe_runtime.engine.owner import RequestOwner
+from moe_runtime.launch.build import OnProgress, ProcessParts
+from moe_runtime.launch.compose import Composed
+from moe_runtime.launch.executors.base import Executor
+
+
+def start_executor(
+    composed: Composed, parts: ProcessParts, owner: RequestOwner, *, on_progress: OnProgress
+) -> Executor:
+    """The executor of `composed.topology.launcher`, its ranks loaded and running."""
+    match composed.topology.launcher:
+        case "virtual":
+            from moe_runtime.launch.executors.virtual import VirtualExecutor
+
+            return VirtualExecutor(parts, owner, on_progress=on_progress)
+        case "process" | "torchrun":
+            raise NotImplementedError

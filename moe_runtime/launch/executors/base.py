@@ -1,0 +1,18 @@
+"""Executor: runs the engines of all ranks behind one request owner."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Executor(Protocol):
+    """Started once, closed once. `serves_only`: this process's ranks do not own the requests."""
+
+    @property
+    def serves_only(self) -> bool: ...
+
+    def serve(self) -> None:
+        """Where `serves_only`: run this process's rank until the owner stops."""
+
+    def close(self) -> None:
+        """Wait for the last step (the owner was told to stop) and release everything. Idempotent."""

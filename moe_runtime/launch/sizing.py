@@ -1,0 +1,179 @@
+"""How many bytes a rank holds, from the configuration alone. Nothing is loaded.
+
+H hidden, I expert width, E routed experts, S shared ones, C latent rank, v vocabulary rows of a tp rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import cast
+
+import torch
+from moe_models.base import ModelConfig
+
+from moe_runtime.comm.base import Communicator
+from moe_runtime.config import EngineConfig, RuntimeConfig
+from moe_runtime.dispatch.base import DispatchStep, Phase
+from moe_runtime.dispatch.factory import make_dispatcher
+from moe_runtime.errors import ConfigError
+from moe_runtime.launch.placing import expert_placement, num_dispatched_shared
+from moe_runtime.layers.embedding import vocab_shard
+from moe_runtime.parallel.mesh import ProcessMesh
+
+FP32_BYTES = 4
+AUTO_KV_BYTES = 2**30
+"""What engine.kv_cache_bytes=null takes at most, for all ranks of one process together."""
+
+
+def compute_dtype(config: RuntimeConfig, model: ModelConfig) -> torch.dtype:
+    """The dtype of activations and weights; `auto` is the checkpoint's, and bfloat16 where that is stored as fp16."""
+    match config.dtype:
+        case "float32":
+            return torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case "auto":
+            return torch.float32 if model.torch_dtype == torch.float32 else torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBytes:
+    """Bytes of one rank's weights, all layers, by part."""
+
+    embedding: int
+    """Token table and vocabulary head: this rank's rows of both."""
+    attention: int
+    """This rank's heads; the low-rank projections and their norms are whole on every rank."""
+    norms: int
+    dense: int
+    """MLPs of the first layers, whole on every rank."""
+    router: int
+    """fp32, whole on every rank."""
+    experts: int
+    """This rank's slots: routed experts and, where they are dispatched, shared ones."""
+    shared_experts: int
+    """Whole on every rank where they are replicated, else 0."""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def weight_bytes(
+    model: ModelConfig, mesh: ProcessMesh, *, num_local_slots: int, shared: str, itemsize: int
+) -> WeightBytes:
+    """What `mesh.rank` holds. `shared`: "replicated" or "dispatched"; `itemsize` of the compute dtype."""
+    hidden, moe_layers = model.hidden_size, len(model.moe_layers)
+    expert = 3 * hidden * model.moe_intermediate_size
+    replicated = model.n_shared_experts if shared == "replicated" else 0
+    bias = model.n_routed_experts if model.topk_method == "noaux_tc" else 0
+    return WeightBytes(
+        embedding=_embedding_numbers(model, mesh) * itemsize,
+        attention=model.num_layers * _attention_numbers(model, mesh.tp) * itemsize,
+        norms=(2 * model.num_layers + 1) * hidden * itemsize,
+        dense=(model.num_layers - moe_layers) * 3 * hidden * model.intermediate_size * itemsize,
+        router=moe_layers * (model.n_routed_experts * hidden + bias) * FP32_BYTES,
+        experts=moe_layers * num_local_slots * expert * itemsize,
+        shared_experts=moe_layers * replicated * expert * itemsize,
+    )
+
+
+def _embedding_numbers(model: ModelConfig, mesh: ProcessMesh) -> int:
+    first, last = vocab_shard(model.vocab_size, tp=mesh.tp, tp_rank=mesh.tp_rank)
+    head_rows = -(-model.vocab_size // mesh.tp)  # padded, so that all ranks gather equal shards
+    return (last - first + head_rows) * model.hidden_size
+
+
+def _attention_numbers(model: ModelConfig, tp: int) -> int:
+    hidden, heads, latent = model.hidden_size, model.num_heads // tp, model.kv_lora_rank
+    query_rank, query_width = model.q_lora_rank, heads * model.qk_head_dim
+    down_rows = model.latent_dim + (query_rank or 0)
+    numbers = down_rows * hidden + latent + heads * (model.qk_nope_head_dim + model.v_head_dim) * latent
+    numbers += heads * model.v_head_dim * hidden
+    numbers += query_width * hidden if query_rank is None else query_rank + query_width * query_rank
+    return numbers + (down_rows + hidden if model.attention_bias else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """The latent cache of one rank."""
+
+    bytes_per_token: int
+    num_pages: int
+    page_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_pages * self.page_size
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_tokens * self.bytes_per_token
+
+
+def max_model_len(engine: EngineConfig, model: ModelConfig) -> int:
+    """Most tokens of one sequence, prompt and output together."""
+    return engine.max_model_len or model.max_position_embeddings
+
+
+def cache_size(engine: EngineConfig, model: ModelConfig, *, itemsize: int, ranks_in_process: int = 1) -> CacheSize:
+    """Pages of a rank's cache: what `engine.kv_cache_bytes` holds, or where it is null room for `max_num_seqs`
+    sequences of full length, within AUTO_KV_BYTES for the process.
+
+    Raises ConfigError where not even one page fits.
+    """
+    per_token = model.num_layers * model.latent_dim * itemsize
+    page = per_token * engine.page_size
+    budget = engine.kv_cache_bytes
+    if budget is None:
+        wanted = -(-max_model_len(engine, model) // engine.page_size) * engine.max_num_seqs * page
+        budget = max(page, min(wanted, AUTO_KV_BYTES // ranks_in_process))
+    if budget < page:
+        raise ConfigError(
+            f"engine.kv_cache_bytes={budget}: one page of {engine.page_size} tokens takes {page} bytes "
+            f"({per_token} a token). Nearest: engine.kv_cache_bytes={page}, or a smaller engine.page_size."
+        )
+    return CacheSize(per_token, budget // page, engine.page_size)
+
+
+def rotary_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """The table of cos and sin, fp32, shared by all layers."""
+    return max_model_len(engine, model) * model.qk_rope_head_dim * FP32_BYTES
+
+
+def dispatch_bytes(config: RuntimeConfig, model: ModelConfig, *, tokens: int, itemsize: int) -> int:
+    """Worst case that a rank receives in one dispatch into which every rank brings `tokens`."""
+    num_slots = expert_placement(config, model).num_local
+    # The dispatchers' own arithmetic reads nothing of the communicator but its size.
+    ep = cast(Communicator, _GroupSize(config.ep))
+    dispatcher = make_dispatcher(config.dispatch, ep, num_slots=num_slots)
+    top_k = model.num_experts_per_tok + num_dispatched_shared(config, model)
+    return dispatcher.receive_bytes(DispatchStep(tokens, Phase.MIXED), model.hidden_size, itemsize, top_k)
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupSize:
+    size: int
+    rank: int = 0
+
+
+def process_bytes(config: RuntimeConfig, model: ModelConfig) -> int:
+    """Weights and cache of all ranks of one process: equal slices are held once, expert slots and caches per rank."""
+    itemsize = compute_dtype(config, model).itemsize
+    ranks, tp = (config.ep, config.tp) if config.launcher == "virtual" else (1, 1)
+    mesh = ProcessMesh(dp=config.dp, tp=config.tp, ranks_per_node=config.ranks_per_node)
+    slots = expert_placement(config, model).num_local
+    weights = weight_bytes(model, mesh, num_local_slots=slots, shared=config.shared_experts, itemsize=itemsize)
+    cache = cache_size(config.engine, model, itemsize=itemsize, ranks_in_process=ranks)
+    split = weights.embedding + weights.attention
+    own = weights.experts + cache.num_bytes
+    return weights.total - weights.experts - split + tp * split + ranks * own
+
+
+def format_bytes(count: float) -> str:
+    """`count` in the largest binary unit that leaves at least 1, three digits: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.4g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1024
+    return f"{count:.4g} TiB"

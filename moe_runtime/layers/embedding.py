@@ -1,0 +1,63 @@
+"""Vocabulary-parallel embedding and head. N padded group tokens, S wanted rows, V vocab, v = ceil(V/tp) rows per rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_runtime.comm.base import Communicator
+from moe_runtime.layers.linear import Linear
+
+
+def vocab_shard(vocab_size: int, *, tp: int, tp_rank: int) -> tuple[int, int]:
+    """(first, last) vocabulary rows of a tp rank; the last ranks' shards may be shorter or empty."""
+    rows = -(-vocab_size // tp)
+    return min(tp_rank * rows, vocab_size), min((tp_rank + 1) * rows, vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class VocabEmbedding:
+    """`weight [v, H]`: rows first … of the table."""
+
+    weight: Tensor
+    first: int
+    tp: Communicator
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """`token_ids [N]` of the group to this rank's rows `[N/tp, H]`: exact, since one rank adds a row and the rest 0."""
+        if self.tp.size == 1:
+            return self.weight[token_ids]
+        local = token_ids - self.first
+        inside = (local >= 0) & (local < self.weight.shape[0])
+        rows = self.weight.new_zeros(token_ids.shape[0], self.weight.shape[1])
+        index = inside.nonzero().squeeze(1)
+        rows[index] = self.weight[local[index]]
+        return self.tp.reduce_scatter(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class VocabHead:
+    """`linear.weight [v, H]`, zero-padded on the last ranks so that v is equal."""
+
+    linear: Linear
+    vocab_size: int
+    tp: Communicator
+
+    def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
+        """`x [N/tp, H]` (this rank's tokens), `rows [S]` group rows to `logits [S, V] fp32`, on every tp rank."""
+        logits = self.linear(self._pick(x, rows))
+        if self.tp.size == 1:
+            return logits.float()
+        shards = self.tp.all_gather(logits).view(self.tp.size, *logits.shape)
+        return shards.transpose(0, 1).flatten(1)[:, : self.vocab_size].float()
+
+    def _pick(self, x: Tensor, rows: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return x[rows]
+        local = rows - self.tp.rank * x.shape[0]
+        index = ((local >= 0) & (local < x.shape[0])).nonzero().squeeze(1)
+        mine = torch.zeros(rows.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
+        mine[index] = x[local[index]]
+        return self.tp.all_reduce(mine)

@@ -1,0 +1,26 @@
+"""Linear layers as plain values: `weight [N, K]` is already this rank's slice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_kernels.linear import linear
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """`y [..., N] = x [..., K] @ weight.T + bias`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    batch_invariant: bool = False
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Linear:
+        """A layer over `weight [N, K]`, packed where that is faster on this device."""
+        return cls(weight, bias, batch_invariant)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = linear(x, self.weight, batch_invariant=self.batch_invariant)
+        return y if self.bias is None else y + self.bias

@@ -1,0 +1,157 @@
+"""Multi-head latent attention over a paged latent cache, heads split over tp.
+
+n real group tokens, N padded, H hidden, h local heads, C kv_lora_rank, R rope, Dn nope, Dv value dims, Q q_lora_rank.
+Source: DeepSeek-V2 (arXiv 2405.04434) §2.1; the absorbed form multiplies the key and value up-projections into query and output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from moe_kernels.grouped_gemm import grouped_gemm_padded
+from moe_kernels.mla import mla_absorbed, mla_expanded_batched
+from moe_kernels.norm import rms_norm
+from moe_kernels.rope import apply_rope
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_runtime.comm.base import Communicator
+from moe_runtime.layers.linear import Linear
+from moe_runtime.layers.step import ExpandedChunk, StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class MLAShape:
+    """Dims of one rank's attention."""
+
+    num_heads: int
+    """h: heads of this tp rank"""
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    scale: float
+    """softmax scale, YaRN's correction included"""
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class MLAWeights:
+    """One rank's weights; those that do not split over heads are equal on all tp ranks."""
+
+    down: Linear
+    """[Q + C + R, H] with a low-rank query (q_a and kv_a in one product), else [C + R, H]"""
+    q_norm: Tensor | None
+    """[Q]"""
+    q: Linear
+    """[h·(Dn + R), Q], or [h·(Dn + R), H] without a low-rank query"""
+    kv_norm: Tensor
+    """[C]"""
+    key_up: Tensor
+    """[h, Dn, C]"""
+    value_up: Tensor
+    """[h, Dv, C]"""
+    out: Linear
+    """[H, h·Dv]: partial sums over tp"""
+    out_bias: Tensor | None
+    """[H], added once, after the sum over tp"""
+
+
+@dataclass(frozen=True, slots=True)
+class MLA:
+    """Attention of one layer on one rank."""
+
+    shape: MLAShape
+    weights: MLAWeights
+    tp: Communicator
+    batch_invariant: bool
+
+    def __call__(self, x: Tensor, step: StepInputs, cache: Tensor) -> Tensor:
+        """`x [N/tp, H]` normed rows of this rank to `[N/tp, H]`; writes the step's latents to `cache [pages, page, C+R]`."""
+        group = self.tp.all_gather(x)[: step.num_tokens] if self.tp.size > 1 else x[: step.num_tokens]
+        query, latent = self._project(group, step)
+        cache.view(-1, cache.shape[-1]).index_copy_(0, step.cache_rows, latent.to(cache.dtype))
+        heads = self._attend(query, latent, step, cache)
+        partial = self.weights.out(heads.flatten(1))
+        padding = step.num_rows - step.num_tokens
+        if padding:
+            partial = F.pad(partial, (0, 0, 0, padding))
+        out = self.tp.reduce_scatter(partial) if self.tp.size > 1 else partial
+        return out if self.weights.out_bias is None else out + self.weights.out_bias
+
+    def _project(self, x: Tensor, step: StepInputs) -> tuple[Tensor, Tensor]:
+        """`x [n, H]` to rotated query `[n, h, Dn+R]` and latent row `[n, C+R]`."""
+        shape, weights = self.shape, self.weights
+        down = weights.down(x)
+        if shape.q_lora_rank is None:
+            q = weights.q(x)
+        else:
+            assert weights.q_norm is not None, "a low-rank query has a norm"
+            q = weights.q(self._norm(down[:, : shape.q_lora_rank], weights.q_norm))
+            down = down[:, shape.q_lora_rank :]
+        q = q.view(x.shape[0], shape.num_heads, shape.qk_nope_head_dim + shape.qk_rope_head_dim)
+        q_rope = apply_rope(q[..., shape.qk_nope_head_dim :], step.cos, step.sin)
+        k_rope = apply_rope(down[:, None, shape.kv_lora_rank :], step.cos, step.sin)
+        latent = torch.cat((self._norm(down[:, : shape.kv_lora_rank], weights.kv_norm), k_rope.squeeze(1)), dim=-1)
+        return torch.cat((q[..., : shape.qk_nope_head_dim], q_rope), dim=-1), latent
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.shape.eps)
+
+    def _attend(self, query: Tensor, latent: Tensor, step: StepInputs, cache: Tensor) -> Tensor:
+        """`query [n, h, Dn+R]`, `latent [n, C+R]` to `[n, h, Dv]`."""
+        parts: list[Tensor] = []
+        if step.absorbed is not None:
+            parts.append(self._absorbed(query[: step.absorbed.count], step, cache))
+        parts.extend(self._expanded(query, latent, chunk, cache) for chunk in step.expanded)
+        match len(parts):
+            case 0:
+                return query.new_zeros(0, self.shape.num_heads, self.shape.v_head_dim)
+            case 1:
+                return parts[0]
+            case _:
+                return torch.cat(parts)
+
+    def _absorbed(self, query: Tensor, step: StepInputs, cache: Tensor) -> Tensor:
+        assert step.absorbed is not None
+        nope = self.shape.qk_nope_head_dim
+        q_latent = self._per_head(query[..., :nope], self.weights.key_up.transpose(1, 2))
+        out = mla_absorbed(
+            q_latent,
+            query[..., nope:],
+            cache,
+            step.absorbed.page_table,
+            step.absorbed.kv_lens,
+            scale=self.shape.scale,
+            batch_invariant=self.batch_invariant,
+        )
+        return self._per_head(out, self.weights.value_up)
+
+    def _per_head(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x [D, h, K]`, `weight [h, N, K]` to `[D, h, N]`."""
+        if not self.batch_invariant:
+            return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+        counts = torch.full((x.shape[1],), x.shape[0], dtype=torch.int32, device=x.device)
+        rows = x.transpose(0, 1).contiguous()
+        return grouped_gemm_padded(rows, weight.contiguous(), counts, batch_invariant=True).transpose(0, 1)
+
+    def _expanded(self, query: Tensor, latent: Tensor, chunk: ExpandedChunk, cache: Tensor) -> Tensor:
+        num_tokens = chunk.num_sequences * chunk.length
+        here = slice(chunk.first, chunk.first + num_tokens)
+        rank = self.shape.kv_lora_rank
+        if chunk.cache_rows is None:
+            context = latent[here].view(chunk.num_sequences, chunk.length, latent.shape[-1])
+        else:
+            context = cache.view(-1, cache.shape[-1])[chunk.cache_rows].to(latent.dtype)
+        out = mla_expanded_batched(
+            query[here].view(chunk.num_sequences, chunk.length, *query.shape[1:]),
+            context[..., :rank],
+            context[..., rank:],
+            self.weights.key_up,
+            self.weights.value_up,
+            scale=self.shape.scale,
+            start=chunk.start,
+        )
+        return out.reshape(num_tokens, *out.shape[2:])

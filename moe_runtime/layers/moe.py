@@ -1,0 +1,89 @@
+"""One MoE layer: route, count, place, then per chunk dispatch, experts, combine. T tokens, H hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from moe_runtime.balance.load import LoadRecorder
+from moe_runtime.dispatch.base import Dispatcher, DispatchStep, Phase
+from moe_runtime.layers.experts import DenseMLP, Experts
+from moe_runtime.layers.router import Router
+from moe_runtime.parallel.replicas import ReplicaSelector
+from moe_runtime.types import PhysicalRouting
+
+H = TypeVar("H")
+
+
+@dataclass(frozen=True, slots=True)
+class MoEStep:
+    """What all ranks of the ep group agreed on: each brings up to `capacity` tokens, in `num_chunks` dispatches.
+
+    `num_real` is this rank's own: its first rows are tokens, the others padding.
+    """
+
+    num_real: int
+    capacity: int
+    chunk_tokens: int
+    num_chunks: int
+    phase: Phase
+    micro_batch: int = 0
+
+    @classmethod
+    def of(cls, num_real: int, capacity: int, *, phase: Phase, max_chunk_tokens: int) -> MoEStep:
+        """Chunks of at most `max_chunk_tokens`; at least one, so that idle steps stay collective."""
+        chunk_tokens = max(1, min(capacity, max_chunk_tokens))
+        return cls(num_real, capacity, chunk_tokens, max(1, -(-capacity // chunk_tokens)), phase)
+
+    def chunks(self) -> Iterator[tuple[slice, DispatchStep]]:
+        """Rows of each chunk and its dispatch."""
+        for i in range(self.num_chunks):
+            start = i * self.chunk_tokens
+            rows = max(0, min(self.chunk_tokens, self.capacity - start))
+            yield slice(start, start + rows), DispatchStep(rows, self.phase, self.micro_batch)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MoELayer(Generic[H]):
+    """One rank's part of the layer.
+
+    `index` counts MoE layers from 0: the row of the placement and of the recorder. `shared` is None where the model has
+    no shared experts or they are dispatched.
+    """
+
+    index: int
+    router: Router
+    selector: ReplicaSelector
+    dispatcher: Dispatcher[H]
+    experts: Experts
+    shared: DenseMLP | None = None
+    recorder: LoadRecorder | None = None
+
+    def __call__(self, x: Tensor, step: MoEStep) -> Tensor:
+        """`x [T, H]`, T <= step.capacity, rows from `step.num_real` on padding -> `[T, H]` in x's dtype."""
+        assert x.shape[0] <= step.capacity, f"{x.shape[0]} tokens exceed the agreed capacity {step.capacity}"
+        logical = self.router(x, num_real=step.num_real)
+        if self.recorder is not None:
+            self.recorder.record(self.index, logical)
+        routing = self.selector.to_physical(self.index, logical)
+        shared: Tensor | None = None
+        outputs = []
+        for rows, chunk in step.chunks():
+            part = routing if step.num_chunks == 1 else _rows_of(routing, rows)
+            arriving = self.dispatcher.dispatch_begin(x if step.num_chunks == 1 else x[rows], part, chunk)
+            if shared is None and self.shared is not None:
+                shared = self.shared(x)
+            received, handle = arriving.wait()
+            if self.recorder is not None:
+                self.recorder.record_received(self.index, received)
+            outputs.append(self.dispatcher.combine_begin(self.experts(received), handle).wait())
+        routed = outputs[0] if step.num_chunks == 1 else torch.cat(outputs)
+        return routed if shared is None else routed + shared
+
+
+def _rows_of(routing: PhysicalRouting, rows: slice) -> PhysicalRouting:
+    return PhysicalRouting(routing.expert_ids[rows], routing.weights[rows])

@@ -1,0 +1,65 @@
+"""FP8 weights with one fp32 scale per block of rows x columns (DeepSeek's `weight_scale_inv`).
+
+N rows (out), K columns (in), b block edge: data `[N, K] float8_e4m3fn`, scales `[ceil(N/b), ceil(K/b)]`;
+weight = data * scale. The last block of a row or column may be short.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Block = tuple[int, int]
+
+E4M3_MAX = 448.0
+
+
+def scale_name(weight_name: str) -> str:
+    """The name of the scales that belong to a weight."""
+    return weight_name + "_scale_inv"
+
+
+def scale_shape(shape: tuple[int, ...], block: Block) -> tuple[int, int]:
+    """The shape of the scales of a matrix `[N, K]`."""
+    rows, columns = shape
+    return -(-rows // block[0]), -(-columns // block[1])
+
+
+def block_region(bounds: tuple[tuple[int, int], tuple[int, int]], block: Block) -> tuple[slice, slice]:
+    """The region of the scales that covers weights `[start, stop)` in both dims."""
+    (r0, r1), (c0, c1) = bounds
+    return slice(r0 // block[0], -(-r1 // block[0])), slice(c0 // block[1], -(-c1 // block[1]))
+
+
+def dequantize(
+    data: Tensor, scales: Tensor, *, block: Block, row_offset: int = 0, column_offset: int = 0, dtype: torch.dtype
+) -> Tensor:
+    """Weights `[n, k]` in `dtype` from a region `data [n, k] float8_e4m3fn` and the scales of the blocks it touches.
+
+    `row_offset` and `column_offset` say where the region starts inside its first block (0 on a block's border).
+    Works through one row of blocks at a time, so that no fp32 copy of the region is made.
+    """
+    num_rows, num_columns = data.shape
+    out = torch.empty(num_rows, num_columns, dtype=dtype)
+    per_column = scales.float().repeat_interleave(block[1], dim=1)[:, column_offset : column_offset + num_columns]
+    start = 0
+    for block_row in range(per_column.shape[0]):
+        stop = min(num_rows, (block_row + 1) * block[0] - row_offset)
+        out[start:stop] = data[start:stop].float().mul_(per_column[block_row])
+        start = stop
+    return out
+
+
+def quantize(weight: Tensor, *, block: Block) -> tuple[Tensor, Tensor]:
+    """`weight [N, K]` as `(data [N, K] float8_e4m3fn, scales fp32)`: the largest weight of a block becomes 448."""
+    rows, columns = weight.shape
+    data = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+    scales = torch.ones(scale_shape((rows, columns), block))
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            part = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
+            largest = weight[part].abs().max().float()
+            if largest > 0:
+                scales[i, j] = largest / E4M3_MAX
+            data[part] = (weight[part].float() / scales[i, j]).to(torch.float8_e4m3fn)
+    return data, scales

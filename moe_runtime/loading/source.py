@@ -1,0 +1,68 @@
+"""WeightSource: what a model's assembly reads its weights from; the ranks of one process share equal slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from moe_runtime.loading.checkpoint import Checkpoint
+from moe_runtime.loading.shard import TensorSpec, load_region
+
+T = TypeVar("T")
+
+Region = tuple[slice, ...]
+
+
+class WeightSource(Protocol):
+    """Reads slices by checkpoint name."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype of weights that are not asked for otherwise."""
+
+    def has(self, name: str) -> bool: ...
+
+    def read(self, name: str, region: Region | None = None, *, dtype: torch.dtype | None = None) -> Tensor: ...
+
+    def shared(self, key: Hashable, build: Callable[[], T]) -> T:
+        """The value built for `key`: built once per process, so it must be immutable."""
+
+
+class CheckpointSource:
+    """Reads from a checkpoint folder; `read` loads nothing but the region asked for."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        specs: Mapping[str, TensorSpec],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_read: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._specs = specs
+        self._dtype = dtype
+        self._device = device
+        self._on_read = on_read
+        self._shared: dict[Hashable, object] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def has(self, name: str) -> bool:
+        return name in self._checkpoint.tensors
+
+    def read(self, name: str, region: Region | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+        tensor = load_region(self._checkpoint, self._specs[name], region, dtype=dtype or self._dtype)
+        self._on_read(tensor.nbytes)
+        return tensor.to(self._device)
+
+    def shared(self, key: Hashable, build: Callable[[], T]) -> T:
+        if key not in self._shared:
+            self._shared[key] = build()
+        return cast(T, self._shared[key])
