@@ -13,9 +13,10 @@ from moe_runtime.engine.owner import RequestHandle, RequestOwner
 from moe_runtime.engine.request import RequestOutput, SamplingParams
 from moe_runtime.errors import EngineClosedError, RequestError
 from moe_runtime.launch.build import OnProgress, ProcessParts
-from moe_runtime.launch.compose import Composed, compose
+from moe_runtime.launch.compose import Composed
 from moe_runtime.launch.env import torchrun_env
 from moe_runtime.launch.executors import start_executor
+from moe_runtime.launch.meeting import Meeting, decide
 from moe_runtime.launch.tokenizer import Tokenizer, load_tokenizer
 from moe_runtime.launch.topology import Topology
 
@@ -40,16 +41,19 @@ class LLM:
     ) -> None:
         sizes = {"ep": ep, "tp": tp, "dp": dp}
         words = [f"model={model}", *(f"{name}={size}" for name, size in sizes.items() if size is not None), *overrides]
-        self._start(compose(words, torchrun=torchrun_env()), lambda _: None)
+        composed, meeting = decide(words, torchrun=torchrun_env())
+        self._start(composed, meeting, lambda _: None)
 
     @classmethod
-    def from_composed(cls, composed: Composed, *, on_progress: OnProgress = lambda _: None) -> LLM:
-        """The LLM of a run that was composed already (the command line's way)."""
+    def from_composed(
+        cls, composed: Composed, *, meeting: Meeting | None = None, on_progress: OnProgress = lambda _: None
+    ) -> LLM:
+        """The LLM of a run that was decided already (the command line's way)."""
         llm = cls.__new__(cls)
-        llm._start(composed, on_progress)
+        llm._start(composed, meeting, on_progress)
         return llm
 
-    def _start(self, composed: Composed, on_progress: OnProgress) -> None:
+    def _start(self, composed: Composed, meeting: Meeting | None, on_progress: OnProgress) -> None:
         config, topology = composed.config, composed.topology
         self._closed = False
         self._composed = composed
@@ -60,7 +64,9 @@ class LLM:
         self._owner = RequestOwner(
             num_groups=config.dp, check=self._parts.check_request, decoder=self._tokenizer
         )
-        self._executor = start_executor(composed, self._parts, self._owner, on_progress=on_progress)
+        self._executor = start_executor(
+            composed, self._parts, self._owner, meeting=meeting, on_progress=on_progress
+        )
 
     # What it is
 

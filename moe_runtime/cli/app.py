@@ -44,9 +44,9 @@ def main(words: Sequence[str]) -> ExitCode:
         print(help_text())
         return ExitCode.OK
     if "--version" in words:
-        import moe_runtime
+        from importlib.metadata import version
 
-        print(f"moe_runtime {moe_runtime.__version__}")
+        print(f"moe_runtime {version('moe-runtime')}")
         return ExitCode.OK
     try:
         return _job(words)
@@ -76,9 +76,10 @@ def _job(words: Sequence[str]) -> ExitCode:
 
         return ExitCode.BAD_INPUT if doctor(words, torchrun=torchrun) else ExitCode.OK
     from moe_runtime.cli.generate import generate
-    from moe_runtime.launch.compose import compose
+    from moe_runtime.launch.meeting import decide
 
-    failed = generate(compose(words, torchrun=torchrun))
+    composed, meeting = decide(words, torchrun=torchrun)
+    failed = generate(composed, meeting=meeting)
     return ExitCode.SOME_REQUESTS_FAILED if failed else ExitCode.OK
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TextIO
 
 Advance = Callable[[int, str], None]
@@ -24,17 +24,10 @@ class Console(Protocol):
     def text(self, prompt: str, answer: str) -> None:
         """A prompt and what the model wrote after it. Control characters are shown, not sent to the terminal."""
 
-    def progress(self, title: str, total: int) -> ProgressContext: ...
+    def progress(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        """Shows how far the block has come; `total` 0: unknown."""
 
     def error(self, text: str) -> None: ...
-
-
-class ProgressContext(Protocol):
-    """`with console.progress(...) as advance`."""
-
-    def __enter__(self) -> Advance: ...
-
-    def __exit__(self, kind: object, error: object, trace: object, /) -> bool | None: ...
 
 
 def open_console(stream: TextIO | None = None) -> Console:
@@ -82,6 +75,11 @@ class PlainConsole:
 
     def error(self, text: str) -> None:
         self.line(printable(text))
+
+
+def count(number: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def printable(text: str) -> str:

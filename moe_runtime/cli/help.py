@@ -50,7 +50,7 @@ def _settings() -> Iterator[str]:
 
 
 def _values(key: Key) -> str:
-    return f": {', '.join(key.choices)}" if key.choices else ""
+    return f" ({'|'.join(key.choices)})" if key.choices else ""
 
 
 def _default(key: Key) -> str:

@@ -20,6 +20,7 @@ from moe_runtime.comm.checks import Counts, IntMatrix, Ranks, check_meeting_coun
 P = TypeVar("P")
 R = TypeVar("R")
 
+
 @dataclass(frozen=True, slots=True)
 class Op(Generic[P, R]):
     """A collective: `signature(payload)` must be equal on all ranks, `complete(payloads, ranks)` gives their results.

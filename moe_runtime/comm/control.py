@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from moe_runtime.comm.checks import pack_ints, unpack_ints
+from moe_runtime.comm.process import Link
 from moe_runtime.comm.wires import all_gather_into
 
 FRAME_BYTES = 4096
@@ -18,8 +19,8 @@ _LENGTH_BYTES = 8
 class Control:
     """Host-blocking calls on a gloo group; torch raises RuntimeError when its deadline passes or a peer is gone."""
 
-    def __init__(self, group: dist.ProcessGroup, *, rank: int, size: int) -> None:
-        self._group = group
+    def __init__(self, link: Link, *, rank: int, size: int) -> None:
+        self._link = link
         self._rank = rank
         self._size = size
 
@@ -56,12 +57,12 @@ class Control:
 
     def _gather(self, data: bytes) -> bytes:
         out = torch.empty(self._size * len(data), dtype=torch.uint8)
-        all_gather_into(out, _tensor(data), self._group).wait()
+        all_gather_into(out, _tensor(data), self._link.group).wait()
         return out.numpy().tobytes()
 
     def _broadcast(self, data: bytes, src: int) -> bytes:
         x = _tensor(data)
-        dist.broadcast(x, group=self._group, group_src=src)
+        dist.broadcast(x, group=self._link.group, group_src=src)
         return x.numpy().tobytes()
 
 

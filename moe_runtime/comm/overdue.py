@@ -59,3 +59,4 @@ class Overdue:
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
+        self.groups.clear()

@@ -7,27 +7,28 @@ Nothing here reads the environment; a launcher passes in what torchrun or Slurm 
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from moe_runtime.comm.hub import show_ranks
 from moe_runtime.comm.overdue import Overdue
 from moe_runtime.comm.whereabouts import Whereabouts
-from moe_runtime.errors import CommunicationError, ConfigError
+from moe_runtime.errors import CommunicationError, ConfigError, EngineClosedError
 
 Backend = Literal["gloo", "nccl"]
 
 
-def host_store(host: str = "127.0.0.1", *, port: int = 0, deadline_s: float) -> dist.TCPStore:
+def host_store(host: str = "127.0.0.1", *, port: int = 0, deadline_s: float) -> TCPStore:
     """A store served by this process on `host` alone; `store.port` is the port that the system chose for port 0."""
     listener = socket.create_server((host, port), backlog=1024)
     chosen = listener.getsockname()[1]
     # The store owns the descriptor from here on. torch's own socket would listen on every interface.
-    return dist.TCPStore(
+    return TCPStore(
         host,
         chosen,
         is_master=True,
@@ -37,15 +38,36 @@ def host_store(host: str = "127.0.0.1", *, port: int = 0, deadline_s: float) -> 
     )
 
 
-def join_store(host: str, port: int, *, deadline_s: float) -> dist.TCPStore:
+def join_store(host: str, port: int, *, deadline_s: float) -> TCPStore:
     """A connection to the store at `host`:`port`. Raises CommunicationError if nobody answers in time."""
     try:
-        return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=deadline_s), wait_for_workers=False)
+        return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=deadline_s), wait_for_workers=False)
     except RuntimeError as error:
         raise CommunicationError(
             f"no store answers at {host}:{port} within {deadline_s:g} s. Is the process that hosts it running, "
             "and is the address reachable from here?"
         ) from error
+
+
+class Link:
+    """A process group that its process can let go of, whoever still holds the communicator (a traceback, say).
+
+    gloo closes its connections when the last reference to the group goes, and only then do the peers notice.
+    """
+
+    __slots__ = ("_group",)
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group: dist.ProcessGroup | None = group
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        if self._group is None:
+            raise EngineClosedError("a call on the process groups of a process that has left its run. Start a new run.")
+        return self._group
+
+    def release(self) -> None:
+        self._group = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +81,7 @@ class Process:
     deadline_s: float
     whereabouts: Whereabouts
     overdue: Overdue | None
+    links: list[Link] = field(default_factory=list)
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave: end all process groups and the helper thread. Idempotent. Peers that still wait are told `error`."""
@@ -66,6 +89,8 @@ class Process:
             self.whereabouts.close(error)
             if self.overdue is not None:
                 self.overdue.close()
+            for link in self.links:
+                link.release()
             dist.destroy_process_group()
 
 
@@ -73,7 +98,7 @@ def init_process(
     rank: int,
     world: int,
     *,
-    store: dist.TCPStore,
+    store: TCPStore,
     backend: Backend,
     deadline_s: float,
     device: torch.device | str = "cpu",
@@ -88,7 +113,7 @@ def init_process(
     place = torch.device(device)
     _check_backend(backend, place)
     timeout = timedelta(seconds=deadline_s)
-    keys = dist.PrefixStore(f"run/{run_id}", store)
+    keys = PrefixStore(f"run/{run_id}", store)
     try:
         keys.set(f"here/{rank}", "1")
         keys.wait([f"here/{other}" for other in range(world)], timeout)
@@ -105,7 +130,7 @@ def init_process(
         absent = [other for other in range(world) if not keys.check([f"here/{other}"])]
         who = f"{show_ranks(absent)} did not come" if absent else "all came, but could not connect to each other"
         raise CommunicationError(f"rank {rank} could not join {world} processes in {deadline_s:g} s: {who}.") from error
-    whereabouts = Whereabouts(rank, store)
+    whereabouts = Whereabouts(rank, store, run_id=run_id)
     overdue = Overdue(whereabouts, deadline_s=deadline_s) if backend == "nccl" else None
     return Process(rank, world, backend, place, deadline_s, whereabouts, overdue)
 

@@ -136,7 +136,9 @@ class Rendezvous:
         rank, first = self.ranks[member], self.ranks[meeting.first]
         here, there = self.hub.locations[rank], self.hub.locations[first]
         verb = "waits in" if first in meeting.waiting else "has begun"
-        mine, theirs = (f" with {show_signature(s)}" if meeting.op is op else "" for s in (signature, meeting.signature or ()))
+        mine, theirs = "", ""
+        if meeting.op is op:
+            mine, theirs = (f" with {show_signature(s)}" for s in (signature, meeting.signature or ()))
         self.hub.fail(
             CommunicationError(
                 f"rank {first} {verb} {meeting}{theirs} ({there}); "
@@ -167,11 +169,12 @@ class Rendezvous:
             hub.block(channel.target, channel)
         x = channel.mail.popleft()
         if x.shape != like.shape or x.dtype != like.dtype:
+            sent, expected = (show_signature((t.shape, t.dtype)) for t in (x, like))
             hub.fail(
                 CommunicationError(
-                    f"recv #{channel.received} of {self.name}: rank {channel.source} sends "
-                    f"{show_signature((x.shape, x.dtype))} ({hub.locations[channel.source]}), rank {channel.target} expects "
-                    f"{show_signature((like.shape, like.dtype))} ({hub.locations[channel.target]})."
+                    f"recv #{channel.received} of {self.name}: "
+                    f"rank {channel.source} sends {sent} ({hub.locations[channel.source]}), "
+                    f"rank {channel.target} expects {expected} ({hub.locations[channel.target]})."
                 )
             )
         channel.received += 1

@@ -19,7 +19,7 @@ from torch import Tensor
 from moe_runtime.comm import checks
 from moe_runtime.comm.base import Groups
 from moe_runtime.comm.control import Control, disagreement
-from moe_runtime.comm.process import Backend, Process, torch_timeout
+from moe_runtime.comm.process import Backend, Link, Process, torch_timeout
 from moe_runtime.comm.wires import GlooWire, NcclWire, Started, Wire
 from moe_runtime.errors import CommunicationError, ConfigError, EngineClosedError
 from moe_runtime.parallel.mesh import AXES, Axis, ProcessMesh
@@ -92,13 +92,17 @@ class TorchCommunicator:
             raise whereabouts.fault
         whereabouts.enter(label)
         try:
-            return wait()
+            result = wait()
+        except CommunicationError:
+            raise
         except RuntimeError as error:
             raise whereabouts.report(label, self.ranks, error) from error
-        finally:
-            whereabouts.leave()
+        whereabouts.leave()
+        return result
 
-    def _open(self, op: str, signature: tuple[object, ...] = (), counts: tuple[checks.Counts, checks.Counts] | None = None) -> str:
+    def _open(
+        self, op: str, signature: tuple[object, ...] = (), counts: tuple[checks.Counts, checks.Counts] | None = None
+    ) -> str:
         """The label of this rank's next call, after the checks that every call needs."""
         if self._closed:
             raise EngineClosedError(f"{op} on a closed communicator ({self._name}). Build new groups.")
@@ -239,20 +243,21 @@ def _connect(ranks: tuple[int, ...], axis: Axis, process: Process) -> Lines:
     """A device group and a control group over `ranks`. All processes go through the axes in one order."""
     me = ranks.index(process.rank)
 
-    def group(backend: Backend) -> dist.ProcessGroup:
+    def link(backend: Backend) -> Link:
         timeout = torch_timeout(backend, process.deadline_s)
         made = dist.new_group(
             list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True, group_desc=axis
         )
         assert isinstance(made, dist.ProcessGroup), "this process is one of `ranks`"
-        return made
+        process.links.append(Link(made))
+        return process.links[-1]
 
     try:
-        control = Control(group("gloo"), rank=me, size=len(ranks))
-        device = group(process.backend)
+        control = Control(link("gloo"), rank=me, size=len(ranks))
+        device = link(process.backend)
     except RuntimeError as error:
         raise process.whereabouts.report(f"the meeting of group {axis}", ranks, error) from error
     if process.overdue is None:
         return Lines(ranks, GlooWire(device, len(ranks)), control)
-    process.overdue.groups.append(device)
+    process.overdue.groups.append(device.group)
     return Lines(ranks, NcclWire(device, len(ranks)), control)

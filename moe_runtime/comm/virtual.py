@@ -202,9 +202,7 @@ class VirtualCluster:
                 wait([future])
             raise
 
-    def _await_run(
-        self, future: Future[list[T]], started: threading.Event, interruption: Interruption
-    ) -> list[T]:
+    def _await_run(self, future: Future[list[T]], started: threading.Event, interruption: Interruption) -> list[T]:
         if self._deadline_s is not None:
             started.wait()
             seen = self._hub.switches

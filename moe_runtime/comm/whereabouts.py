@@ -7,24 +7,25 @@ their programs wait elsewhere or compute, so the error names everybody who is al
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from moe_runtime.comm.base import Location
 from moe_runtime.comm.hub import show_ranks
 from moe_runtime.errors import CommunicationError
 
 _FOREVER = timedelta(days=3650)
-_CLOSE = b"close"
+_CLOSE = "close"
 
 
 class Whereabouts:
     """One per process. `grace_s`: how long a failing rank waits for the others' answers."""
 
-    def __init__(self, rank: int, store: dist.TCPStore, *, grace_s: float = 2.0) -> None:
+    def __init__(self, rank: int, store: TCPStore, *, run_id: str = "0", grace_s: float = 2.0) -> None:
         self.rank = rank
         self.location = Location()
         self.fault: CommunicationError | None = None
@@ -33,8 +34,8 @@ class Whereabouts:
         self._since = 0.0
         self._grace_s = grace_s
         # A store connection serves one call at a time, so the sleeping thread and the others need one each.
-        self._store = dist.PrefixStore("whereabouts", store.clone())
-        self._bell = dist.PrefixStore("whereabouts", store.clone())
+        self._store = PrefixStore(f"whereabouts/{run_id}", store.clone())  # type: ignore[attr-defined]
+        self._bell = PrefixStore(f"whereabouts/{run_id}", store.clone())  # type: ignore[attr-defined]
         self._asking = threading.Lock()
         self._thread = threading.Thread(target=self._answer, name="whereabouts", daemon=True)
         self._thread.start()
@@ -85,7 +86,7 @@ class Whereabouts:
         """The sleeping thread."""
         try:
             self._bell.wait([f"bell/{self.rank}"], _FOREVER)
-            if self._bell.get(f"bell/{self.rank}") != _CLOSE:
+            if self._bell.get(f"bell/{self.rank}").decode() != _CLOSE:
                 self._bell.set(f"at/{self.rank}", str(self))
         except RuntimeError:
             return  # the store went away: nobody can ask any more
@@ -106,15 +107,22 @@ class Whereabouts:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What happened, without the source position and the advice that gloo puts around it."""
+    text = str(error).strip() or type(error).__name__
+    return re.sub(r"^\[[^]]*:\d+\] ", "", text.splitlines()[0]).split(". This is typically")[0]
 
 
 def _table(answers: dict[int, str], silent: list[int], grace_s: float) -> str:
     places: dict[str, list[int]] = {}
     for rank, text in answers.items():
         places.setdefault(text, []).append(rank)
-    texts = [f"{show_ranks(ranks)} {text}" for text, ranks in places.items()]
+    texts = [f"{show_ranks(ranks)} {_plural(text) if len(ranks) > 1 else text}" for text, ranks in places.items()]
     if silent:
         texts.append(f"{show_ranks(silent)} gave no sign of life within {grace_s:g} s")
     return "; ".join(texts) + "."
+
+
+def _plural(text: str) -> str:
+    """The texts of `Whereabouts.__str__` and `close`, for several ranks."""
+    verb, rest = text.split(" ", 1)
+    return {"waits": "wait", "is": "are", "has": "have"}[verb] + " " + rest

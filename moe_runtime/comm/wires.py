@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_runtime.comm.collectives import byte_view, ordered_sum
+from moe_runtime.comm.process import Link
 
 Started = tuple[dist.Work, Callable[[], Tensor]]
 
@@ -63,8 +64,8 @@ def _as_bytes(x: Tensor) -> Tensor:
 class GlooWire:
     """CPU tensors."""
 
-    def __init__(self, group: dist.ProcessGroup, size: int) -> None:
-        self._group = group
+    def __init__(self, link: Link, size: int) -> None:
+        self._link = link
         self._size = size
 
     def all_reduce(self, x: Tensor) -> Started:
@@ -78,12 +79,12 @@ class GlooWire:
     def _gather(self, x: Tensor) -> tuple[dist.Work, Tensor]:
         data = _as_bytes(x)
         out = torch.empty(self._size * data.numel(), dtype=torch.uint8)
-        return all_gather_into(out, data, self._group), out
+        return all_gather_into(out, data, self._link.group), out
 
     def reduce_scatter(self, x: Tensor) -> Started:
         data = _as_bytes(x)
         out = torch.empty_like(data)
-        work = _begun(dist.all_to_all_single(out, data, group=self._group, async_op=True))
+        work = _begun(dist.all_to_all_single(out, data, group=self._link.group, async_op=True))
         block = (x.shape[0] // self._size, *x.shape[1:])
         return work, lambda: ordered_sum(out.view(x.dtype).view(self._size, *block).unbind(0))
 
@@ -98,64 +99,64 @@ class GlooWire:
             _as_bytes(x),
             [count * row_bytes for count in recv_counts],
             [count * row_bytes for count in send_counts],
-            group=self._group,
+            group=self._link.group,
             async_op=True,
         )
         return _begun(work), lambda: out.view(x.dtype).view(shape)
 
     def broadcast(self, x: Tensor, src: int) -> Started:
         data = _as_bytes(x).clone()
-        work = dist.broadcast(data, group=self._group, group_src=src, async_op=True)
+        work = dist.broadcast(data, group=self._link.group, group_src=src, async_op=True)
         return _begun(work), lambda: data.view(x.dtype).view(x.shape)
 
     def send(self, x: Tensor, dst: int) -> Started:
         data = _as_bytes(x).clone()
-        return _begun(dist.isend(data, group=self._group, group_dst=dst)), lambda: data
+        return _begun(dist.isend(data, group=self._link.group, group_dst=dst)), lambda: data
 
     def recv(self, like: Tensor, src: int) -> Started:
         data = torch.empty(like.numel() * like.itemsize, dtype=torch.uint8)
-        work = dist.irecv(data, group=self._group, group_src=src)
+        work = dist.irecv(data, group=self._link.group, group_src=src)
         return _begun(work), lambda: data.view(like.dtype).view(like.shape)
 
 
 class NcclWire:
     """CUDA tensors. `work.wait()` orders the current stream behind the operation and does not block the host."""
 
-    def __init__(self, group: dist.ProcessGroup, size: int) -> None:
-        self._group = group
+    def __init__(self, link: Link, size: int) -> None:
+        self._link = link
         self._size = size
 
     def all_reduce(self, x: Tensor) -> Started:
         out = x.clone(memory_format=torch.contiguous_format)
-        return _begun(dist.all_reduce(out, group=self._group, async_op=True)), lambda: out
+        return _begun(dist.all_reduce(out, group=self._link.group, async_op=True)), lambda: out
 
     def all_gather(self, x: Tensor) -> Started:
         data = byte_view(x.contiguous())
         out = data.new_empty((self._size * x.shape[0], *x.shape[1:]))
-        return all_gather_into(out, data, self._group), lambda: out.view(x.dtype)
+        return all_gather_into(out, data, self._link.group), lambda: out.view(x.dtype)
 
     def reduce_scatter(self, x: Tensor) -> Started:
         data = x.contiguous()
         out = data.new_empty((x.shape[0] // self._size, *x.shape[1:]))
-        return _reduce_scatter_into(out, data, self._group), lambda: out
+        return _reduce_scatter_into(out, data, self._link.group), lambda: out
 
     def all_to_all(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Started:
         data = byte_view(x.contiguous())
         out = data.new_empty((sum(recv_counts), *x.shape[1:]))
         work = dist.all_to_all_single(
-            out, data, list(recv_counts), list(send_counts), group=self._group, async_op=True
+            out, data, list(recv_counts), list(send_counts), group=self._link.group, async_op=True
         )
         return _begun(work), lambda: out.view(x.dtype)
 
     def broadcast(self, x: Tensor, src: int) -> Started:
         data = byte_view(x.clone(memory_format=torch.contiguous_format))
-        work = dist.broadcast(data, group=self._group, group_src=src, async_op=True)
+        work = dist.broadcast(data, group=self._link.group, group_src=src, async_op=True)
         return _begun(work), lambda: data.view(x.dtype)
 
     def send(self, x: Tensor, dst: int) -> Started:
         data = byte_view(x.clone(memory_format=torch.contiguous_format))
-        return _begun(dist.isend(data, group=self._group, group_dst=dst)), lambda: data
+        return _begun(dist.isend(data, group=self._link.group, group_dst=dst)), lambda: data
 
     def recv(self, like: Tensor, src: int) -> Started:
         data = byte_view(torch.empty_like(like, memory_format=torch.contiguous_format))
-        return _begun(dist.irecv(data, group=self._group, group_src=src)), lambda: data.view(like.dtype)
+        return _begun(dist.irecv(data, group=self._link.group, group_src=src)), lambda: data.view(like.dtype)

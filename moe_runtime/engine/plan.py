@@ -47,7 +47,7 @@ class SequenceChunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Chunks in the order of their token rows: decoding sequences first, then prompts. One chunk a request."""
+    """Chunks in the order of their token rows: all of kind DECODE, then all of kind PREFILL. One chunk a request."""
 
     chunks: tuple[SequenceChunk, ...] = ()
 

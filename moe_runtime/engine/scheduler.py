@@ -115,9 +115,8 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step. Deterministic; takes pages and preempts, but leaves token histories alone."""
-        preempted = self._reserve_decode_pages()
-        decodes: list[SequenceChunk] = []
-        prefills: list[SequenceChunk] = []
+        self._reserve_decode_pages()
+        by_kind: tuple[list[SequenceChunk], list[SequenceChunk]] = ([], [])
         budget = self.limits.max_num_batched_tokens
         unfinished: list[SequenceState] = []
         for state in self._running:
@@ -125,24 +124,22 @@ class Scheduler:
                 unfinished.append(state)
             elif self._wants_decode(state):
                 budget -= 1
-                decodes.append(self._decode_chunk(state))
+                by_kind[ChunkKind.DECODE].append(self._decode_chunk(state))
         for state in unfinished:
             if budget <= 0:
                 break
             chunk = self._chunk(state, budget)
             budget -= len(chunk.token_ids)
-            prefills.append(chunk)
-        while budget > 0 and not preempted and self._admit_next():
+            by_kind[chunk.kind].append(chunk)
+        while budget > 0 and self._admit_next():
             chunk = self._chunk(self._running[-1], budget)
             budget -= len(chunk.token_ids)
-            prefills.append(chunk)
-        return StepPlan((*decodes, *prefills))
+            by_kind[chunk.kind].append(chunk)
+        return StepPlan((*by_kind[ChunkKind.DECODE], *by_kind[ChunkKind.PREFILL]))
 
-    def _reserve_decode_pages(self) -> bool:
-        """A page for every decoding sequence at a page border, preempting from the back. True where any was."""
-        size = self.pool.page_size
-        running = self._running
-        preempted = False
+    def _reserve_decode_pages(self) -> None:
+        """A page for every decoding sequence at a page border, preempting from the back where none is left."""
+        size, running = self.pool.page_size, self._running
         at = 0
         while at < len(running):
             state = running[at]
@@ -150,11 +147,9 @@ class Scheduler:
                 pages = self.pool.allocate(1)
                 if pages is None:
                     self._preempt(running[-1])
-                    preempted = True
                     continue
                 state.pages += pages
             at += 1
-        return preempted
 
     @staticmethod
     def _wants_decode(state: SequenceState) -> bool:
@@ -192,7 +187,8 @@ class Scheduler:
         # Log probabilities of the prompt need the logits of every position, so nothing may be skipped.
         found = [] if state.logprobs_due else pool.match_prefix(state.tokens, state.chain)
         pool.acquire(found)
-        # One page is left to every running sequence, or the newcomer would soon be preempted again.
+        # One page is left to every running sequence, or the newcomer would soon be preempted again. So a sequence
+        # that was preempted in this very step does not come back in it either.
         needed = pool.pages_for(len(state.tokens)) - len(found)
         fresh = pool.allocate(needed) if needed + len(self._running) <= pool.num_free or not self._running else None
         if fresh is None:

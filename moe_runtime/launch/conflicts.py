@@ -41,8 +41,8 @@ def _placement(config: RuntimeConfig, model: ModelConfig) -> Iterator[ConfigErro
         return
     if config.placement.num_redundant_experts:
         yield ConfigError(
-            f"placement.num_redundant_experts={config.placement.num_redundant_experts}: placement.file decides the copies. "
-            "Set placement.num_redundant_experts=0 or leave the file out."
+            f"placement.num_redundant_experts={config.placement.num_redundant_experts}: placement.file decides "
+            "the copies. Set placement.num_redundant_experts=0 or leave the file out."
         )
     try:
         expert_placement(config, model)
@@ -60,8 +60,8 @@ def _lengths(config: RuntimeConfig, model: ModelConfig) -> Iterator[ConfigError]
     length = min(limit, max_model_len(engine, model))
     if sampling.max_tokens >= length:
         yield ConfigError(
-            f"sampling.max_tokens={sampling.max_tokens}: with a prompt of one token at least, at most {length - 1} fit into "
-            f"{length} positions. Nearest: sampling.max_tokens={length - 1}."
+            f"sampling.max_tokens={sampling.max_tokens}: at most {length - 1} fit into {length} positions "
+            f"beside a prompt. Nearest: sampling.max_tokens={length - 1}."
         )
     if sampling.min_tokens > sampling.max_tokens:
         yield ConfigError(
@@ -71,7 +71,8 @@ def _lengths(config: RuntimeConfig, model: ModelConfig) -> Iterator[ConfigError]
     if engine.max_num_batched_tokens < engine.max_num_seqs:
         yield ConfigError(
             f"engine.max_num_batched_tokens={engine.max_num_batched_tokens}: must hold one token of each of "
-            f"engine.max_num_seqs={engine.max_num_seqs} sequences. Nearest: engine.max_num_seqs={engine.max_num_batched_tokens}."
+            f"engine.max_num_seqs={engine.max_num_seqs} sequences. "
+            f"Nearest: engine.max_num_seqs={engine.max_num_batched_tokens}."
         )
 
 
@@ -81,11 +82,12 @@ def _memory(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -> 
     one = dispatch_bytes(config, model, tokens=1, itemsize=itemsize)
     if one > cap:
         yield ConfigError(
-            f"engine.dispatch_buffer_bytes={cap}: a rank may receive {one} bytes when each of ep={config.ep} ranks sends "
-            f"one token to top-{model.num_experts_per_tok + num_dispatched_shared(config, model)} experts. "
+            f"engine.dispatch_buffer_bytes={cap}: a rank may receive {one} bytes when each of ep={config.ep} ranks "
+            f"sends one token to top-{model.num_experts_per_tok + num_dispatched_shared(config, model)} experts. "
             f"Nearest: engine.dispatch_buffer_bytes={one}."
         )
-    ranks = config.ep if config.launcher == "virtual" else 1
+    # A shape without weights stands for real ranks, whatever launcher would be chosen here.
+    ranks = config.ep if has_weights and config.launcher == "virtual" else 1
     try:
         cache_size(config.engine, model, itemsize=itemsize, ranks_in_process=ranks)
     except ConfigError as error:
@@ -94,6 +96,7 @@ def _memory(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -> 
     needed, there = process_bytes(config, model), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if has_weights and config.device == "cpu" and config.launcher == "virtual" and needed > there:
         yield ConfigError(
-            f"launcher=virtual: {config.ep} ranks in one process need {format_bytes(needed)} for weights and cache, and this "
-            f"machine has {format_bytes(there)}. Lower ep, placement.num_redundant_experts or engine.kv_cache_bytes."
+            f"launcher=virtual: {config.ep} ranks in one process need {format_bytes(needed)} for weights and cache, "
+            f"and this machine has {format_bytes(there)}. Lower ep, placement.num_redundant_experts or "
+            "engine.kv_cache_bytes."
         )

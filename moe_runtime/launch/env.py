@@ -20,6 +20,10 @@ class TorchrunEnv:
     node_rank: int
     master_addr: str
     master_port: int
+    agent_store: bool = True
+    """Whether torchrun's agent serves the store at that address; else rank 0 does."""
+    restart: int = 0
+    """How often torchrun has restarted the world."""
 
 
 def torchrun_env(environ: Mapping[str, str] | None = None) -> TorchrunEnv | None:
@@ -38,6 +42,8 @@ def torchrun_env(environ: Mapping[str, str] | None = None) -> TorchrunEnv | None
         node_rank=_number(variables, "GROUP_RANK") if "GROUP_RANK" in variables else 0,
         master_addr=_text(variables, "MASTER_ADDR"),
         master_port=_number(variables, "MASTER_PORT"),
+        agent_store=variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        restart=_number(variables, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in variables else 0,
     )
 
 

@@ -32,7 +32,7 @@ class Overrides:
 
 
 def parse_overrides(words: Sequence[str], *, report: Report = fail) -> Overrides:
-    """Sort the words; the last one of a key wins. Reports anything that is no `key=value` of ours, and leaves it out."""
+    """Sort the words; the last one of a key wins. What is no `key=value` of ours is reported and left out."""
     known = {key.name: key for key in keys()}
     preset, verbatim, grammar = "none", dict[str, object](), dict[str, str]()
     for i, word in enumerate(words):

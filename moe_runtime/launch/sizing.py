@@ -145,7 +145,7 @@ def dispatch_bytes(config: RuntimeConfig, model: ModelConfig, *, tokens: int, it
     """Worst case that a rank receives in one dispatch into which every rank brings `tokens`."""
     num_slots = expert_placement(config, model).num_local
     # The dispatchers' own arithmetic reads nothing of the communicator but its size.
-    ep = cast(Communicator, _GroupSize(config.ep))
+    ep = cast(Communicator, _GroupSize(1 if config.dispatch == "local" else config.ep))
     dispatcher = make_dispatcher(config.dispatch, ep, num_slots=num_slots)
     top_k = model.num_experts_per_tok + num_dispatched_shared(config, model)
     return dispatcher.receive_bytes(DispatchStep(tokens, Phase.MIXED), model.hidden_size, itemsize, top_k)

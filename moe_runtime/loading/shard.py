@@ -16,7 +16,6 @@ from moe_runtime.loading.header import AGAIN, TensorInfo, similar_name
 
 _SHOWN: Final = 3
 _SCALE_DTYPES: Final = frozenset({torch.float32, torch.bfloat16})
-_VERIFY_CHUNK: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ class ExpertPlacement:
         """Inverse of `to_json`; `name` leads the error texts."""
         try:
             document = json.loads(text, object_pairs_hook=_unique_keys)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{name}: not a JSON object: {error}.") from error
         if not isinstance(document, dict) or set(document) != set(_FILE_KEYS):
             keys = sorted(document) if isinstance(document, dict) else type(document).__name__
@@ -223,6 +223,11 @@ def _check_shape(phy2log: Tensor, num_logical: int, ep: int) -> None:
             f"placement: phy2log is {phy2log.dtype} {tuple(phy2log.shape)}; must be int64 [layers, slots] on CPU."
         )
     slots = phy2log.shape[1]
+    if slots < num_logical:
+        raise ConfigError(
+            f"placement: {slots} slots for {num_logical} logical experts; every expert needs one. "
+            f"Use {num_physical_experts(num_logical, ep=ep, num_redundant=0)} slots or more."
+        )
     if slots % ep:
         raise ConfigError(
             f"placement: {slots} slots do not divide among ep={ep} ranks. "

@@ -5,10 +5,21 @@ from __future__ import annotations
 import threading
 
 from moe_runtime.comm.virtual import VirtualCluster, virtual_groups
+from moe_runtime.config import RuntimeConfig
 from moe_runtime.engine.engine import RankEngine
 from moe_runtime.engine.owner import RequestOwner
 from moe_runtime.launch.build import OnProgress, ProcessParts, build_engine
 from moe_runtime.parallel.mesh import ProcessMesh
+
+SMALL_OPS_FROM = 8
+"""Virtual ranks from which on one thread is faster: each rank's operations are too small to split."""
+
+
+def _num_threads(config: RuntimeConfig) -> int | None:
+    """One thread in batch-invariant mode (sums depend on the number of threads) and where ranks are many."""
+    if config.engine.batch_invariant:
+        return 1
+    return config.num_threads or (1 if config.ep >= SMALL_OPS_FROM else None)
 
 
 class VirtualExecutor:
@@ -19,8 +30,7 @@ class VirtualExecutor:
     def __init__(self, parts: ProcessParts, owner: RequestOwner, *, on_progress: OnProgress) -> None:
         config = parts.config
         self._owner = owner
-        threads = 1 if config.engine.batch_invariant else config.num_threads
-        self._cluster = VirtualCluster(config.pp * config.ep, num_threads=threads)
+        self._cluster = VirtualCluster(config.pp * config.ep, num_threads=_num_threads(config))
         try:
             self._engines = self._cluster.call(lambda: self._build(parts, on_progress))
         except BaseException:

@@ -1,0 +1,224 @@
+"""job=doctor: what a configuration means and where it contradicts itself, without weights and without a GPU."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+
+from moe_runtime.cli.console import Console, count, open_console
+from moe_runtime.cli.next_command import next_command
+from moe_runtime.errors import ConfigError
+from moe_runtime.launch.compose import Composed, compose
+from moe_runtime.launch.env import TorchrunEnv
+from moe_runtime.launch.placing import expert_placement, num_dispatched_shared
+from moe_runtime.launch.sizing import (
+    cache_size,
+    compute_dtype,
+    dispatch_bytes,
+    format_bytes,
+    max_model_len,
+    process_bytes,
+    rotary_bytes,
+    weight_bytes,
+)
+from moe_runtime.parallel.placement import ExpertPlacement
+
+_ROWS_SHOWN = 16
+_PACKAGES = ("torch", "safetensors", "transformers", "numpy", "hydra-core", "greenlet", "rich")
+_BACKENDS = (
+    # import name, distribution, what it is for, where it comes from
+    ("triton", "triton", "GPU kernels", "pip install 'moe-runtime[gpu]'"),
+    ("nvshmem", "nvshmem4py-cu13", "NVSHMEM dispatch", "pip install 'moe-runtime[gpu]'"),
+    ("deep_ep", "deep_ep", "DeepEP dispatch", "build version 2 from its repository; PyPI's deep_ep 1.0.0 is not it"),
+    ("deep_gemm", "deep_gemm", "FP8 grouped GEMM", "build it from its repository; PyPI's deep_gemm 1.0.0 is not it"),
+)
+
+
+def doctor(words: Sequence[str], *, torchrun: TorchrunEnv | None = None, console: Console | None = None) -> int:
+    """Print the report; returns the number of problems. Raises ConfigError where there is no model to speak of."""
+    console = open_console() if console is None else console
+    problems: list[ConfigError] = []
+    try:
+        composed = compose(words, torchrun=torchrun, report=problems.append)
+    except ConfigError as error:
+        problems.append(error)
+    else:
+        _report(console, composed)
+        _show_software(console, composed)
+    if problems:
+        console.pairs(
+            count(len(problems), "problem"),
+            [(f"{i}.", str(p)) for i, p in enumerate(problems, 1)],
+        )
+        return len(problems)
+    console.line("no conflicts")
+    console.line(f"next: {next_command(composed)}")
+    return 0
+
+
+def _report(console: Console, composed: Composed) -> None:
+    try:
+        placement = expert_placement(composed.config, composed.model)
+    except ConfigError:
+        return  # among the problems
+    _show_topology(console, composed)
+    _show_ranks(console, composed, placement)
+    _show_experts(console, composed, placement)
+    _show_bytes(console, composed, placement)
+    _show_dispatch(console, composed)
+
+
+def _show_topology(console: Console, composed: Composed) -> None:
+    topology, model = composed.topology, composed.model
+    weights = "" if composed.has_weights else ", from its configuration alone"
+    rows = [
+        ("model", f"{composed.config.model} ({model.family}){weights}"),
+        (
+            "shape",
+            f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads, vocabulary "
+            f"{model.vocab_size}",
+        ),
+        ("mesh", f"{topology}, {count(topology.num_nodes, 'node')} of {topology.ranks_per_node}"),
+        *(("", reason) for reason in topology.reasons),
+    ]
+    console.pairs("topology", rows)
+
+
+def _show_ranks(console: Console, composed: Composed, placement: ExpertPlacement) -> None:
+    world = composed.topology.world
+    shown = list(range(world)) if world <= _ROWS_SHOWN else [*range(_ROWS_SHOWN - 4), -1, world - 2, world - 1]
+    rows: list[tuple[str, ...]] = []
+    for rank in shown:
+        if rank < 0:
+            rows.append(("…",) * 7)
+            continue
+        mesh = composed.topology.mesh(rank)
+        places = (rank, mesh.node, mesh.local_rank, mesh.dp_rank, mesh.tp_rank, mesh.ep_rank)
+        rows.append((*map(str, places), _ids(placement.local_logical(0, mesh.ep_rank))))
+    header = ("rank", "node", "local", "dp", "tp", "ep", "experts in its slots (first MoE layer)")
+    console.table(count(world, "rank"), header, rows)
+
+
+def _ids(ids: Sequence[int]) -> str:
+    """`0–7 12`: runs are joined."""
+    runs: list[list[int]] = []
+    for i in ids:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def _show_experts(console: Console, composed: Composed, placement: ExpertPlacement) -> None:
+    model, shared = composed.model, num_dispatched_shared(composed.config, composed.model)
+    counts = placement.logcnt[0].tolist()
+    copied = [expert for expert, count in enumerate(counts) if count > 1]
+    parts = [f"{model.n_routed_experts} routed"] + ([f"{shared} shared, dispatched"] if shared else [])
+    rows = [
+        ("logical", f"{placement.num_logical} = {' + '.join(parts)}, in each of {placement.num_layers} MoE layers"),
+        ("slots", f"{placement.num_physical} = {placement.num_local} on each of {placement.ep} ranks"),
+        (
+            "copies",
+            f"{placement.num_physical - placement.num_logical} slots hold further copies of {len(copied)} experts",
+        ),
+    ]
+    if shared:
+        rows.append(
+            (
+                "shared",
+                f"{shared} with {max(counts[model.n_routed_experts :])} slots each, chosen by every token",
+            )
+        )
+    elif model.n_shared_experts:
+        rows.append(("shared", f"{model.n_shared_experts} on every rank, beside the dispatch"))
+    console.pairs("experts", rows)
+
+
+def _show_bytes(console: Console, composed: Composed, placement: ExpertPlacement) -> None:
+    config, model = composed.config, composed.model
+    dtype = compute_dtype(config, model)
+    weights = weight_bytes(
+        model,
+        composed.topology.mesh(),
+        num_local_slots=placement.num_local,
+        shared=config.shared_experts,
+        itemsize=dtype.itemsize,
+    )
+    rows = [(part.name.replace("_", " "), format_bytes(getattr(weights, part.name))) for part in fields(weights)]
+    rows.append(("weights in all", f"{format_bytes(weights.total)} as {str(dtype).removeprefix('torch.')}"))
+    virtual = composed.has_weights and config.launcher == "virtual"
+    try:
+        cache = cache_size(config.engine, model, itemsize=dtype.itemsize, ranks_in_process=config.ep if virtual else 1)
+    except ConfigError:
+        console.pairs("bytes of rank 0", rows)
+        return  # among the problems
+    length = max_model_len(config.engine, model)
+    rows += [
+        ("KV per token", f"{format_bytes(cache.bytes_per_token)} over {model.num_layers} layers"),
+        (
+            "KV cache",
+            f"{format_bytes(cache.num_bytes)}: {cache.num_pages} pages of {cache.page_size} = {cache.num_tokens} "
+            f"tokens, {cache.num_tokens / length:.1f} sequences of {length}",
+        ),
+        ("rotary table", format_bytes(rotary_bytes(config.engine, model))),
+        ("dispatch buffers", f"at most {format_bytes(config.engine.dispatch_buffer_bytes)}"),
+    ]
+    if virtual:
+        rows.append(
+            (
+                "this process",
+                f"{format_bytes(process_bytes(config, model))} for {config.ep} ranks: equal slices are held once",
+            )
+        )
+    console.pairs("bytes of rank 0", rows)
+
+
+def _show_dispatch(console: Console, composed: Composed) -> None:
+    config, model = composed.config, composed.model
+    itemsize, cap = compute_dtype(config, model).itemsize, config.engine.dispatch_buffer_bytes
+    top_k = model.num_experts_per_tok + num_dispatched_shared(config, model)
+    one = dispatch_bytes(config, model, tokens=1, itemsize=itemsize)
+    chunk = max(1, cap // one)
+    rows = [
+        ("backend", f"{config.dispatch}, top-{top_k}, rows of {format_bytes(model.hidden_size * itemsize)}"),
+        ("chunk", f"{chunk} tokens per rank in one dispatch, within engine.dispatch_buffer_bytes={format_bytes(cap)}"),
+    ]
+    for phase, tokens in (("decode", config.engine.max_num_seqs), ("prefill", config.engine.max_num_batched_tokens)):
+        mine = -(-tokens // config.tp)
+        need = format_bytes(one * mine)
+        rows.append(
+            (
+                phase,
+                f"{mine} tokens per rank: up to {need} received at worst, in {count(-(-mine // chunk), 'chunk')}",
+            )
+        )
+    console.pairs("dispatch", rows)
+
+
+def _show_software(console: Console, composed: Composed) -> None:
+    gpu = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
+    rows = [("python", platform.python_version()), *((name, _version(name)) for name in _PACKAGES), ("devices", gpu)]
+    console.pairs("software", [*rows, *_backends()])
+
+
+def _backends() -> Iterator[tuple[str, str]]:
+    for module, package, purpose, remedy in _BACKENDS:
+        if find_spec(module) is None:
+            yield module, f"not installed ({purpose}): {remedy}"
+        elif not torch.cuda.is_available():
+            yield module, f"{_version(package)}, idle: {purpose} needs a CUDA device"
+        else:
+            yield module, f"{_version(package)} ({purpose})"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "installed, version unknown"
