@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from moe_models.base import Family, Fp8Blocks, ModelConfig, Scoring, TopkMethod, YarnConfig
 from moe_models.schema import ObjectReader
 
-_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: Final = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16})
 
 _WITHOUT_EFFECT: Final = (
     # Names and bookkeeping. `auto_map` names remote code, which is never run.
@@ -122,7 +123,7 @@ def _read_yarn(rope: ObjectReader) -> YarnConfig | None:
         return None
     rope.require("attention_factor", None, because="it follows from factor, mscale and mscale_all_dim")
     rope.require("truncate", True, because="DeepSeek rounds the correction range to whole dimensions")
-    mscale_all_dim = rope.number("mscale_all_dim", default=0.0, above=-1e-30)
+    mscale_all_dim = rope.number("mscale_all_dim", default=0.0, zero_allowed=True)
     mscale = rope.number("mscale", default=1.0)
     # Published implementations disagree about these two cases, and no published checkpoint has them.
     if mscale_all_dim > 0.0 and not rope.has("mscale"):

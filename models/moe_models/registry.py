@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, cast
 
 from moe_models.base import Family, ModelConfig
@@ -17,12 +18,16 @@ from moe_models.schema import Json, ObjectReader, read_json_object
 from moe_runtime.errors import ConfigError, nearest
 from moe_runtime.loading.shard import TensorSpec
 
-_FAMILY_OF_TYPE: Final = {"deepseek_v2": "deepseek_v2", "deepseek_v3": "deepseek_v3", "kimi_k2": "deepseek_v3"}
-_FAMILY_OF_ARCHITECTURE: Final = {
-    "DeepseekV2ForCausalLM": "deepseek_v2",
-    "DeepseekV3ForCausalLM": "deepseek_v3",
-    "KimiK2ForCausalLM": "deepseek_v3",
-}
+_FAMILY_OF_TYPE: Final = MappingProxyType(
+    {"deepseek_v2": "deepseek_v2", "deepseek_v3": "deepseek_v3", "kimi_k2": "deepseek_v3"}
+)
+_FAMILY_OF_ARCHITECTURE: Final = MappingProxyType(
+    {
+        "DeepseekV2ForCausalLM": "deepseek_v2",
+        "DeepseekV3ForCausalLM": "deepseek_v3",
+        "KimiK2ForCausalLM": "deepseek_v3",
+    }
+)
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -72,11 +77,17 @@ def load_config(path: Path | str) -> ModelConfig:
 def parse_config(values: Mapping[str, Json], *, source: str) -> ModelConfig:
     """The content of a config.json; `source` is what errors call it. Raises ConfigError."""
     keys = ObjectReader(values, source)
-    match _family(keys, values):
-        case "deepseek_v2":
-            return v2_config.parse_config(keys)
-        case "deepseek_v3":
-            return v3_config.parse_config(keys)
+    try:
+        match _family(keys, values):
+            case "deepseek_v2":
+                return v2_config.parse_config(keys)
+            case "deepseek_v3":
+                return v3_config.parse_config(keys)
+    except ConfigError as error:
+        if str(error).startswith(source):
+            raise
+        # ModelConfig's own checks know the keys but not the file.
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def tensor_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:

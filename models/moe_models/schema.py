@@ -82,13 +82,14 @@ class ObjectReader:
     def optional_integer(self, key: str, *, minimum: int = 1) -> int | None:
         return self.integer(key, minimum=minimum) if self.has(key) else None
 
-    def number(self, key: str, *, default: float | None = None, above: float = 0.0) -> float:
-        """A finite number greater than `above`."""
+    def number(self, key: str, *, default: float | None = None, zero_allowed: bool = False) -> float:
+        """A finite number above 0 (or of at least 0)."""
         value = self._get(key, default)
+        rule = "of at least 0" if zero_allowed else "above 0"
         if isinstance(value, bool) or not isinstance(value, int | float):
-            self.fail(key, f"must be a number above {above:g}{_spelled_as_text(value)}.")
-        if not math.isfinite(value) or value <= above:
-            self.fail(key, f"must be a finite number above {above:g}.")
+            self.fail(key, f"must be a number {rule}{_spelled_as_text(value)}.")
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
+            self.fail(key, f"must be a finite number {rule}.")
         return float(value)
 
     def boolean(self, key: str, *, default: bool | None = None) -> bool:
