@@ -72,6 +72,8 @@ def _job(words: Sequence[str]) -> ExitCode:
 
     torchrun = torchrun_env()
     if [word for word in words if word.startswith("job=")][-1:] == ["job=doctor"]:
+        if torchrun is not None and torchrun.rank:
+            return ExitCode.OK  # one report is enough
         from moe_runtime.cli.doctor import doctor
 
         return ExitCode.BAD_INPUT if doctor(words, torchrun=torchrun) else ExitCode.OK

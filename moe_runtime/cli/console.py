@@ -66,7 +66,7 @@ class PlainConsole:
 
     def text(self, prompt: str, answer: str) -> None:
         self.line(f"> {printable(prompt)}")
-        self.line("\n".join("  " + line for line in printable(answer).split("\n")))
+        self.line("\n".join("  " + line for line in printable(answer).rstrip().split("\n")))
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Advance]:

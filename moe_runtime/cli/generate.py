@@ -154,7 +154,7 @@ def _show_balance(console: Console, rank_load: Tensor) -> None:
             )
         )
     console.table(
-        "balancedness of the MoE layers (mean / max over ranks of rows received; 1 is best)",
+        "rows received by the ranks' experts (balancedness: mean / max, 1 is best)",
         ("layer", "balancedness", "mean rows", "hottest ranks (rows)"),
         rows,
     )

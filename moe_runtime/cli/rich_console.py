@@ -42,7 +42,7 @@ class RichConsole:
         self._rich.print(table)
 
     def text(self, prompt: str, answer: str) -> None:
-        self._rich.print(Text(printable(prompt), style="dim") + Text(printable(answer), style="bold"))
+        self._rich.print(Text.assemble((printable(prompt), "dim"), (printable(answer).rstrip(), "bold")))
         self._rich.rule(style="dim")
 
     @contextmanager
@@ -54,7 +54,7 @@ class RichConsole:
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=self._rich, transient=True) as bar:
-            task = bar.add_task(title, total=total, state="")
+            task = bar.add_task(title, total=total or None, state="")
             yield lambda done, state: bar.update(task, completed=done, state=state)
 
     def error(self, text: str) -> None:

@@ -4,7 +4,8 @@ A rank switches only where it waits for others, in the order in which ranks beca
 Rules for programs of ranks:
 * thread-local torch modes (`inference_mode`, default dtype, `cuda.stream`) belong to the cluster's thread: enter them
   around everything with `inference_mode=True` or `cluster.call`, never inside a rank across a communicator call;
-* results of collectives may be shared between ranks: they are immutable;
+* results of collectives may be shared between ranks: they are immutable; an input stays unchanged until its operation
+  has been waited for;
 * after a run that failed, the communicators start afresh, so the cluster can run again; what the programs themselves
   kept (caches, counters) is theirs to discard.
 """

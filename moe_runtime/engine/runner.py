@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from moe_kernels.mla import plan_absorbed
 from torch import Tensor
 
 from moe_runtime.cache.latent import LatentKVCache
@@ -87,7 +88,9 @@ class Runner:
     def _absorbed(self, table: IntArray, sequence: IntArray, positions: IntArray, count: int) -> AbsorbedTokens | None:
         if not count:
             return None
-        return AbsorbedTokens(count, self._tensor(table[sequence[:count]]), self._tensor(positions[:count] + 1))
+        pages, lens = self._tensor(table[sequence[:count]]), self._tensor(positions[:count] + 1)
+        plan = plan_absorbed(pages, lens, page_size=self.cache.page_size, batch_invariant=self.one_form)
+        return AbsorbedTokens(count, pages, lens, plan)
 
     def _expanded(self, chunks: Sequence[SequenceChunk], table: IntArray) -> tuple[ExpandedChunk, ...]:
         """Neighbouring prompt chunks of equal start and length run as one batch."""

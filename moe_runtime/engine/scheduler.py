@@ -93,7 +93,7 @@ class Scheduler:
             max_tokens,
             stop_ids=frozenset(params.stop_ids),
             eos_ids=frozenset() if params.ignore_eos else frozenset(self.limits.eos_token_ids),
-            chain=self.pool.new_chain(request.cache_salt.encode()),
+            chain=self.pool.new_chain(request.cache_salt.encode(errors="surrogatepass")),
         )
         self._live[request.id] = state
         self._waiting.append(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_kernels.linear import linear
+from moe_kernels.linear import Weight, linear, prepare_weight
 from torch import Tensor
 
 
@@ -12,14 +12,14 @@ from torch import Tensor
 class Linear:
     """`y [..., N] = x [..., K] @ weight.T + bias`."""
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None = None
     batch_invariant: bool = False
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Linear:
         """A layer over `weight [N, K]`, packed where that is faster on this device."""
-        return cls(weight, bias, batch_invariant)
+        return cls(weight if batch_invariant else prepare_weight(weight), bias, batch_invariant)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = linear(x, self.weight, batch_invariant=self.batch_invariant)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from moe_kernels.grouped_gemm import grouped_gemm_padded
+from moe_kernels.linear import head_linear
 from moe_kernels.mla import mla_absorbed, mla_expanded_batched
 from moe_kernels.norm import rms_norm
 from moe_kernels.rope import apply_rope
@@ -18,7 +18,11 @@ from torch.nn import functional as F
 
 from moe_runtime.comm.base import Communicator
 from moe_runtime.layers.linear import Linear
-from moe_runtime.layers.step import ExpandedChunk, StepInputs
+from moe_runtime.layers.step import AbsorbedTokens, ExpandedChunk, StepInputs
+
+
+Query = tuple[Tensor, Tensor]
+"""(no-rope part `[n, h, Dn]`, rotated part `[n, h, R]`)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ class MLAWeights:
     """[C]"""
     key_up: Tensor
     """[h, Dn, C]"""
+    key_up_transposed: Tensor
+    """[h, C, Dn], a view of `key_up` except in batch-invariant mode, which reads contiguous weights"""
     value_up: Tensor
     """[h, Dv, C]"""
     out: Linear
@@ -81,63 +87,53 @@ class MLA:
         out = self.tp.reduce_scatter(partial) if self.tp.size > 1 else partial
         return out if self.weights.out_bias is None else out + self.weights.out_bias
 
-    def _project(self, x: Tensor, step: StepInputs) -> tuple[Tensor, Tensor]:
-        """`x [n, H]` to rotated query `[n, h, Dn+R]` and latent row `[n, C+R]`."""
+    def _project(self, x: Tensor, step: StepInputs) -> tuple[Query, Tensor]:
+        """`x [n, H]` to the rotated query and the latent rows `[n, C+R]`."""
         shape, weights = self.shape, self.weights
         down = weights.down(x)
         if shape.q_lora_rank is None:
             q = weights.q(x)
         else:
             assert weights.q_norm is not None, "a low-rank query has a norm"
-            q = weights.q(self._norm(down[:, : shape.q_lora_rank], weights.q_norm))
+            q = weights.q(rms_norm(down[:, : shape.q_lora_rank], weights.q_norm, shape.eps))
             down = down[:, shape.q_lora_rank :]
         q = q.view(x.shape[0], shape.num_heads, shape.qk_nope_head_dim + shape.qk_rope_head_dim)
-        q_rope = apply_rope(q[..., shape.qk_nope_head_dim :], step.cos, step.sin)
-        k_rope = apply_rope(down[:, None, shape.kv_lora_rank :], step.cos, step.sin)
-        latent = torch.cat((self._norm(down[:, : shape.kv_lora_rank], weights.kv_norm), k_rope.squeeze(1)), dim=-1)
-        return torch.cat((q[..., : shape.qk_nope_head_dim], q_rope), dim=-1), latent
+        # The key is rotated as one more head, in the same call.
+        rotated = apply_rope(
+            torch.cat((q[..., shape.qk_nope_head_dim :], down[:, None, shape.kv_lora_rank :]), dim=1), step.cos, step.sin
+        )
+        latent = rms_norm(down[:, : shape.kv_lora_rank], weights.kv_norm, shape.eps)
+        return (q[..., : shape.qk_nope_head_dim], rotated[:, :-1]), torch.cat((latent, rotated[:, -1]), dim=-1)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight, self.shape.eps)
-
-    def _attend(self, query: Tensor, latent: Tensor, step: StepInputs, cache: Tensor) -> Tensor:
-        """`query [n, h, Dn+R]`, `latent [n, C+R]` to `[n, h, Dv]`."""
+    def _attend(self, query: Query, latent: Tensor, step: StepInputs, cache: Tensor) -> Tensor:
+        """Query and latent rows `[n, C+R]` to `[n, h, Dv]`."""
         parts: list[Tensor] = []
         if step.absorbed is not None:
-            parts.append(self._absorbed(query[: step.absorbed.count], step, cache))
+            parts.append(self._absorbed(query, step.absorbed, cache))
         parts.extend(self._expanded(query, latent, chunk, cache) for chunk in step.expanded)
         match len(parts):
             case 0:
-                return query.new_zeros(0, self.shape.num_heads, self.shape.v_head_dim)
+                return latent.new_zeros(0, self.shape.num_heads, self.shape.v_head_dim)
             case 1:
                 return parts[0]
             case _:
                 return torch.cat(parts)
 
-    def _absorbed(self, query: Tensor, step: StepInputs, cache: Tensor) -> Tensor:
-        assert step.absorbed is not None
-        nope = self.shape.qk_nope_head_dim
-        q_latent = self._per_head(query[..., :nope], self.weights.key_up.transpose(1, 2))
+    def _absorbed(self, query: Query, tokens: AbsorbedTokens, cache: Tensor) -> Tensor:
+        nope, rope = query[0][: tokens.count], query[1][: tokens.count]
         out = mla_absorbed(
-            q_latent,
-            query[..., nope:],
+            head_linear(nope, self.weights.key_up_transposed, batch_invariant=self.batch_invariant),
+            rope,
             cache,
-            step.absorbed.page_table,
-            step.absorbed.kv_lens,
+            tokens.page_table,
+            tokens.kv_lens,
             scale=self.shape.scale,
             batch_invariant=self.batch_invariant,
+            plan=tokens.plan,
         )
-        return self._per_head(out, self.weights.value_up)
+        return head_linear(out, self.weights.value_up, batch_invariant=self.batch_invariant)
 
-    def _per_head(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`x [D, h, K]`, `weight [h, N, K]` to `[D, h, N]`."""
-        if not self.batch_invariant:
-            return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
-        counts = torch.full((x.shape[1],), x.shape[0], dtype=torch.int32, device=x.device)
-        rows = x.transpose(0, 1).contiguous()
-        return grouped_gemm_padded(rows, weight.contiguous(), counts, batch_invariant=True).transpose(0, 1)
-
-    def _expanded(self, query: Tensor, latent: Tensor, chunk: ExpandedChunk, cache: Tensor) -> Tensor:
+    def _expanded(self, query: Query, latent: Tensor, chunk: ExpandedChunk, cache: Tensor) -> Tensor:
         num_tokens = chunk.num_sequences * chunk.length
         here = slice(chunk.first, chunk.first + num_tokens)
         rank = self.shape.kv_lora_rank
@@ -146,7 +142,7 @@ class MLA:
         else:
             context = cache.view(-1, cache.shape[-1])[chunk.cache_rows].to(latent.dtype)
         out = mla_expanded_batched(
-            query[here].view(chunk.num_sequences, chunk.length, *query.shape[1:]),
+            torch.cat((query[0][here], query[1][here]), dim=-1).unflatten(0, (chunk.num_sequences, chunk.length)),
             context[..., :rank],
             context[..., rank:],
             self.weights.key_up,

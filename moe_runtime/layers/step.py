@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_kernels.mla import AbsorbedPlan
 from torch import Tensor
 
 from moe_runtime.layers.moe import MoEStep
@@ -23,6 +24,8 @@ class AbsorbedTokens:
     """[D, pages] int64"""
     kv_lens: Tensor
     """[D] int64"""
+    plan: AbsorbedPlan
+    """What the kernel made of both, for all layers."""
 
 
 @dataclass(frozen=True, slots=True)

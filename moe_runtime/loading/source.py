@@ -23,7 +23,8 @@ class WeightSource(Protocol):
     def dtype(self) -> torch.dtype:
         """Compute dtype of weights that are not asked for otherwise."""
 
-    def has(self, name: str) -> bool: ...
+    @property
+    def device(self) -> torch.device: ...
 
     def read(self, name: str, region: Region | None = None, *, dtype: torch.dtype | None = None) -> Tensor: ...
 
@@ -54,8 +55,9 @@ class CheckpointSource:
     def dtype(self) -> torch.dtype:
         return self._dtype
 
-    def has(self, name: str) -> bool:
-        return name in self._checkpoint.tensors
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     def read(self, name: str, region: Region | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
         tensor = load_region(self._checkpoint, self._specs[name], region, dtype=dtype or self._dtype)

@@ -2,62 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from moe_kernels.errors import KernelError
-from moe_kernels.grouped_gemm import grouped_gemm_padded, grouped_gemm_ragged
-from moe_kernels.swiglu import swiglu
+from moe_kernels.experts import eager
+from moe_kernels.experts.weights import ExpertWeights, allocate_experts, prepare_experts
+from moe_kernels.grouped_gemm.layout import padded_rows, ragged_rows
 
-__all__ = ["ExpertWeights", "expert_mlp_padded", "expert_mlp_ragged", "prepare_experts"]
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertWeights:
-    """The weights of E slots in the form that this device runs fastest; made by `prepare_experts`."""
-
-    w13: Tensor
-    w2: Tensor
-
-    @property
-    def num_slots(self) -> int:
-        return self.w13.shape[0]
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the weights hold."""
-        return self.w13.nbytes + self.w2.nbytes
-
-    def write_slot_(self, slot: int, *, w13: Tensor, w2: Tensor) -> None:
-        """Replace slot's weights in place: `w13 [2I, H]`, `w2 [H, I]`."""
-        self.w13[slot].copy_(w13)
-        self.w2[slot].copy_(w2)
+__all__ = ["ExpertWeights", "allocate_experts", "expert_mlp_padded", "expert_mlp_ragged", "prepare_experts"]
 
 
-def prepare_experts(w13: Tensor, w2: Tensor) -> ExpertWeights:
-    """`w13 [E, 2I, H]` (gate rows first, then up) and `w2 [E, H, I]` -> what `expert_mlp_*` takes.
-
-    Raises KernelError where shapes or dtypes do not fit together.
-    """
-    e, i2, h = w13.shape
-    if w2.shape != (e, h, i2 // 2) or i2 % 2 or w13.dtype != w2.dtype:
+def _check(x: Tensor, weights: ExpertWeights, marks: Tensor) -> None:
+    if x.shape[-1] != weights.hidden or x.dtype != weights.dtype:
         raise KernelError(
-            f"experts got w13 {tuple(w13.shape)} {w13.dtype} and w2 {tuple(w2.shape)} {w2.dtype}; "
-            f"for this w13, w2 must be {(e, h, i2 // 2)} {w13.dtype}"
+            f"experts got x {tuple(x.shape)} {x.dtype}; these weights need [..., {weights.hidden}] {weights.dtype}"
         )
-    return ExpertWeights(w13, w2)
+    if marks.shape != (weights.num_slots,):
+        raise KernelError(f"experts got {tuple(marks.shape)} row marks; {weights.num_slots} slots need one each")
 
 
 def expert_mlp_ragged(
     x: Tensor, weights: ExpertWeights, *, psum: Tensor, alignment: int = 1, batch_invariant: bool = False
 ) -> Tensor:
-    """`x [R, H]` sorted by slot (see `grouped_gemm_ragged`) -> `[R, H]`."""
-    gate_up = grouped_gemm_ragged(x, weights.w13, psum, alignment=alignment, batch_invariant=batch_invariant)
-    return grouped_gemm_ragged(swiglu(gate_up), weights.w2, psum, alignment=alignment, batch_invariant=batch_invariant)
+    """`x [R, H]` sorted by slot, `psum [E] int32` (see `grouped_gemm_ragged`) -> `[R, H]`.
+
+    Results in the gaps and past the last slot are unspecified. With `batch_invariant` a row's bits depend on that row
+    and its slot's weights alone. Raises KernelError on shapes or dtypes that differ.
+    """
+    _check(x, weights, psum)
+    rows = ragged_rows(psum, x.shape[0], alignment=alignment)
+    return eager.expert_mlp(x, weights, rows, batch_invariant=batch_invariant)
 
 
 def expert_mlp_padded(x: Tensor, weights: ExpertWeights, *, counts: Tensor, batch_invariant: bool = False) -> Tensor:
-    """`x [E, C, H]` with `counts [E]` real rows per slot -> `[E, C, H]`."""
-    gate_up = grouped_gemm_padded(x, weights.w13, counts, batch_invariant=batch_invariant)
-    return grouped_gemm_padded(swiglu(gate_up), weights.w2, counts, batch_invariant=batch_invariant)
+    """`x [E, C, H]` with `counts [E] int32` real rows per slot -> `[E, C, H]`; otherwise as `expert_mlp_ragged`."""
+    _check(x, weights, counts)
+    rows = padded_rows(counts, x.shape[1])
+    return eager.expert_mlp(x.flatten(0, 1), weights, rows, batch_invariant=batch_invariant).view(x.shape)

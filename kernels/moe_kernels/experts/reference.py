@@ -10,7 +10,8 @@ from moe_kernels.swiglu.reference import swiglu_reference
 
 def expert_mlp_ragged_reference(x: Tensor, w13: Tensor, w2: Tensor, psum: Tensor, *, alignment: int = 1) -> Tensor:
     """`x [R, H]`, `w13 [E, 2I, H]`, `w2 [E, H, I]` -> `[R, H]` fp64, zero in the gaps."""
-    return ragged_reference(swiglu_reference(ragged_reference(x, w13, psum, alignment=alignment)), w2, psum, alignment=alignment)
+    gate_up = ragged_reference(x, w13, psum, alignment=alignment)
+    return ragged_reference(swiglu_reference(gate_up), w2, psum, alignment=alignment)
 
 
 def expert_mlp_padded_reference(x: Tensor, w13: Tensor, w2: Tensor, counts: Tensor) -> Tensor:

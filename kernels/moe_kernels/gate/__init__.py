@@ -38,23 +38,26 @@ class GateRule:
     top_k: int
     num_groups: int = 1
     top_groups: int = 1
-    scoring: Scoring | str = Scoring.SOFTMAX
-    group_score: GroupScore | str = GroupScore.MAX
+    scoring: str = Scoring.SOFTMAX
+    group_score: str = GroupScore.MAX
     masked_score: float = 0.0
     normalise: bool = False
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scoring", Scoring(self.scoring))
-        object.__setattr__(self, "group_score", GroupScore(self.group_score))
+        for name, kind in (("scoring", Scoring), ("group_score", GroupScore)):
+            value = getattr(self, name)
+            if value not in tuple(kind):
+                raise KernelError(f"{name}={value!r}; choose one of {', '.join(kind)}")
+            object.__setattr__(self, name, kind(value))
         if self.top_k < 1:
             raise KernelError(f"top_k={self.top_k}; choose at least 1")
         if not 1 <= self.top_groups <= self.num_groups:
-            raise KernelError(f"top_groups={self.top_groups} of num_groups={self.num_groups}; choose 1..{self.num_groups}")
+            raise KernelError(f"top_groups={self.top_groups}; choose 1..{self.num_groups}, the number of groups")
 
 
 def gate(logits: Tensor, *, rule: GateRule, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`logits [T, E] fp32` (and `bias [E] fp32`, for the choice only) -> `(expert_ids [T, K] int64, weights [T, K] fp32)`.
+    """`logits [T, E] fp32`, `bias [E] fp32` (for the choice only) -> `(expert_ids [T, K] int64, weights [T, K] fp32)`.
 
     Ids are ordered by descending choice score, ties to the lowest id. A token's bits depend on its own logits alone.
     Raises KernelError where E does not fit the rule.

@@ -1,4 +1,4 @@
-"""Oracle of the grouped GEMM: fp64, one row at a time. E slots, R rows, C rows per slot, K input width, N output width."""
+"""Oracle of the grouped GEMM: fp64, row by row. E slots, R rows, C rows per slot, K input width, N output width."""
 
 from __future__ import annotations
 

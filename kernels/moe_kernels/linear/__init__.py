@@ -1,4 +1,4 @@
-"""Dense linear layer. T rows, K input width, N output width."""
+"""Dense linear layers. T tokens, h heads, K input width, N output width."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_kernels.errors import KernelError
+from moe_kernels.linear.packed import PackedWeight, Weight, onednn_linear, pack, worth_packing
 from moe_kernels.linear.tiles import tiled_linear
 
-__all__ = ["linear"]
+__all__ = ["PackedWeight", "Weight", "head_linear", "linear", "prepare_weight"]
 
 
-def linear(x: Tensor, w: Tensor, *, batch_invariant: bool = False) -> Tensor:
+def prepare_weight(w: Tensor) -> Weight:
+    """`w [N, K]` in the form that `linear` multiplies fastest here: packed for oneDNN, or `w` itself."""
+    return pack(w) if worth_packing((w.shape[0], w.shape[1]), w.dtype, w.device) else w
+
+
+def linear(x: Tensor, w: Weight, *, batch_invariant: bool = False) -> Tensor:
     """`x [..., K] @ w [N, K]^T -> [..., N]`, one dtype (fp32 or bf16).
 
     With `batch_invariant` a row's bits depend on that row and `w` alone.
@@ -23,9 +29,28 @@ def linear(x: Tensor, w: Tensor, *, batch_invariant: bool = False) -> Tensor:
             f"linear got x {tuple(x.shape)} {x.dtype} and w {tuple(w.shape)} {w.dtype}; "
             f"x must be [..., {w.shape[1]}] {w.dtype}"
         )
-    if not batch_invariant:
+    if not batch_invariant and isinstance(w, Tensor):
         return F.linear(x, w)
     rows = x.reshape(-1, x.shape[-1])
-    out = torch.empty(rows.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
-    tiled_linear(rows, w, out=out)
+    if batch_invariant:
+        out = tiled_linear(rows, w)
+    elif rows.shape[0] == 0:
+        out = rows.new_empty(0, w.shape[0])
+    else:
+        out = onednn_linear(rows, w)
     return out.view(*x.shape[:-1], w.shape[0])
+
+
+def head_linear(x: Tensor, w: Tensor, *, batch_invariant: bool = False) -> Tensor:
+    """One product per head: `x [T, h, K]`, `w [h, N, K]` -> `[T, h, N]`.
+
+    With `batch_invariant` a token's bits depend on that token and `w` alone. Raises KernelError where widths differ.
+    """
+    if x.shape[1:] != (w.shape[0], w.shape[2]) or x.dtype != w.dtype:
+        raise KernelError(
+            f"head_linear got x {tuple(x.shape)} {x.dtype} and w {tuple(w.shape)} {w.dtype}; "
+            f"x must be [T, {w.shape[0]}, {w.shape[2]}] {w.dtype}"
+        )
+    if batch_invariant:
+        return torch.stack([tiled_linear(part, weight) for part, weight in zip(x.unbind(1), w, strict=True)], dim=1)
+    return torch.bmm(x.transpose(0, 1), w.transpose(1, 2)).transpose(0, 1)

@@ -1,19 +1,33 @@
-"""GEMM in tiles of a fixed number of rows: what makes a row's bits independent of its neighbours. R rows, K in, N out."""
+"""Products in tiles of a fixed number of rows: a row's bits do not depend on its neighbours. R rows, K in, N out.
+
+Every product then has the same shape, so the library runs the same code on every row, however many rows there are.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from moe_kernels.linear.packed import PackedWeight, Weight, cat_rows, has_onednn, onednn_linear
+
 TILE = 16
-"""Rows per tile: every product of the invariant mode has exactly this shape, so the library always runs the same code."""
+"""Rows per product of the invariant mode."""
 
 
-def tiled_linear(x: Tensor, w: Tensor, *, out: Tensor) -> None:
-    """Write `x [R, K] @ w [N, K]^T` into `out [R, N]`, always as `[16, K] @ [K, N]` products."""
-    wt = w.t()
-    tile = torch.zeros(TILE, x.shape[1], dtype=x.dtype, device=x.device)
-    for start in range(0, x.shape[0], TILE):
-        rows = min(TILE, x.shape[0] - start)
-        tile[:rows] = x[start : start + rows]
-        out[start : start + rows] = torch.mm(tile, wt)[:rows]
+def tile_product(tile: Tensor, w: Weight) -> Tensor:
+    """`tile [16, K] @ w [N, K]^T -> [16, N]`."""
+    if isinstance(w, PackedWeight) or has_onednn(tile.device, tile.dtype):
+        return onednn_linear(tile, w)
+    return torch.mm(tile, w.t())
+
+
+def tiled_linear(x: Tensor, w: Weight) -> Tensor:
+    """`x [R, K] @ w [N, K]^T -> [R, N]`, always as products of exactly 16 rows."""
+    rows = x.shape[0]
+    if rows == 0:
+        return x.new_empty(0, w.shape[0])
+    short = -rows % TILE
+    if short:
+        x = torch.cat((x, x.new_zeros(short, x.shape[1])))
+    out = cat_rows(tile_product(tile, w) for tile in torch.split(x.contiguous(), TILE))
+    return out[:rows] if short else out

@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from moe_kernels.mla.absorbed import mla_absorbed
 from moe_kernels.mla.expanded import mla_expanded, mla_expanded_batched
+from moe_kernels.mla.plan import AbsorbedPlan, plan_absorbed
 
-__all__ = ["mla_absorbed", "mla_expanded", "mla_expanded_batched"]
+__all__ = ["AbsorbedPlan", "mla_absorbed", "mla_expanded", "mla_expanded_batched", "plan_absorbed"]

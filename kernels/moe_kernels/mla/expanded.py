@@ -26,19 +26,26 @@ def mla_expanded(
 def mla_expanded_batched(
     q: Tensor, kv_latent: Tensor, k_rope: Tensor, w_k: Tensor, w_v: Tensor, *, scale: float, start: int
 ) -> Tensor:
-    """`mla_expanded` for B sequences of equal n, L and start: `q [B, n, h, Dn+R]`, `kv_latent [B, L, C]`,
+    """`mla_expanded` for B sequences of equal n and start: `q [B, n, h, Dn+R]`, `kv_latent [B, L, C]`,
     `k_rope [B, L, R]` -> `[B, n, h, Dv]`."""
-    batch, n, heads, _ = q.shape
+    batch, n, heads, width = q.shape
     length = start + n
     latent = kv_latent[:, :length]
-    k_nope = torch.einsum("blc,hdc->bhld", latent, w_k)
-    value = torch.einsum("blc,hdc->bhld", latent, w_v)
-    rope = k_rope[:, None, :length].expand(batch, heads, length, k_rope.shape[-1])
+    k_nope = F.linear(latent, w_k.flatten(0, 1)).view(batch, length, heads, w_k.shape[1])
+    value = F.linear(latent, w_v.flatten(0, 1)).view(batch, length, heads, w_v.shape[1])
+    rope = k_rope[:, :length, None].expand(batch, length, heads, k_rope.shape[-1])
     key = torch.cat((k_nope, rope), dim=-1)
-    mask = None
-    if start:
-        mask = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(start)
+    # CPU's flash kernel wants values as wide as keys.
+    narrow = value.shape[-1] < width and q.device.type == "cpu"
+    if narrow:
+        value = F.pad(value, (0, width - value.shape[-1]))
+    mask = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(start) if start else None
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), key, value, attn_mask=mask, is_causal=not start, scale=scale
-    )
-    return out.transpose(1, 2)
+        q.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=not start,
+        scale=scale,
+    ).transpose(1, 2)
+    return out[..., : w_v.shape[1]] if narrow else out

@@ -15,10 +15,8 @@ def mla_absorbed_reference(
     for t, length in enumerate(kv_lens.tolist()):
         if length == 0:
             continue
-        rows = torch.stack(
-            [cache[int(page_table[t, i // page_size]), i % page_size].double() for i in range(length)]
-        )
-        latent, rope = rows.split((q_latent.shape[-1], q_rope.shape[-1]), dim=-1)
+        rows = torch.stack([cache[int(page_table[t, i // page_size]), i % page_size].double() for i in range(length)])
+        latent, rope = rows[:, : q_latent.shape[-1]], rows[:, q_latent.shape[-1] :]
         scores = (q_latent[t].double() @ latent.t() + q_rope[t].double() @ rope.t()) * scale
         out[t] = torch.softmax(scores, dim=-1) @ latent
     return out

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x [..., H]`, `weight [H]` -> `weight * x / sqrt(mean(x^2) + eps)`, in fp32, rounded to x's dtype before and
-    after the weight (as Llama-style models are trained)."""
-    wide = x.float()
-    scale = torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + eps)
-    return (wide * scale).to(x.dtype) * weight
+    """`x [..., H]`, `weight [H]` -> `weight * x / sqrt(mean(x^2) + eps)` in x's dtype, computed in fp32.
+
+    A row's bits depend on that row alone (the tests check it over widths, row counts, positions and memory offsets).
+    """
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def permute_reference(x: Tensor, slots: Tensor, num_slots: int, *, alignment: int = 1) -> tuple[Tensor, list[int], Tensor]:
+def permute_reference(
+    x: Tensor, slots: Tensor, num_slots: int, *, alignment: int = 1
+) -> tuple[Tensor, list[int], Tensor]:
     """`(data [R, H], psum, row_of [T, K])` as `permute` defines them."""
     data: list[Tensor] = []
     psum: list[int] = []

@@ -11,11 +11,10 @@ __all__ = ["apply_rope"]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x [T, ..., R]`, `cos, sin [T, R/2]` -> `[T, ..., R]` in x's dtype, computed in the tables' dtype.
+    """`x [T, ..., R]`, `cos, sin [T, R/2]` -> `[T, ..., R]` in x's dtype, computed in the wider of the two dtypes.
 
     Input pairs are interleaved, (x0, x1), (x2, x3), ..., as DeepSeek stores them; the output holds all first
-    components, then all second ones (de-interleaved). Dot products of two rotated vectors are those of the
-    interleaved order. Raises KernelError where the widths do not fit.
+    components, then all second ones (de-interleaved), as in transformers. Raises KernelError where widths do not fit.
     """
     if x.shape[-1] != 2 * cos.shape[-1] or cos.shape != sin.shape or cos.shape[0] != x.shape[0]:
         raise KernelError(
@@ -24,5 +23,5 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         )
     shape = (cos.shape[0],) + (1,) * (x.dim() - 2) + (cos.shape[1],)
     cos, sin = cos.view(shape), sin.view(shape)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1).to(x.dtype)
+    first, second = x.unflatten(-1, (cos.shape[-1], 2)).unbind(-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

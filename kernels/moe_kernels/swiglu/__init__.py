@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_kernels.errors import KernelError
 
 __all__ = ["swiglu"]
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """`gate_up [..., 2I] -> [..., I]`: `silu(gate) * up` with silu(g) = g / (1 + exp(-g)), computed in fp32.
+def swiglu(gate_up: Tensor, *, fast: bool = False) -> Tensor:
+    """`gate_up [..., 2I] -> [..., I]`: `silu(gate) * up`, in the input's dtype.
 
-    Every step is elementwise and correctly rounded but `exp`, whose CPU kernel runs the same code for the vector body
-    and the tail (that of `torch.sigmoid` does not): a value's bits do not depend on its position.
-    Raises KernelError on an odd width.
+    A value's bits do not depend on its position: silu(g) = g / (1 + exp(-g)) runs step by step in fp32, each step
+    correctly rounded but `exp`, whose CPU kernel runs the same code over vector body and tail. `fast` takes the
+    library's silu, which does not (and rounds once more in bf16). Raises KernelError on an odd width.
     """
     width = gate_up.shape[-1]
     if width % 2:
         raise KernelError(f"swiglu got width {width}; it needs gate and up halves, so an even width like {width + 1}")
-    gate, up = gate_up.float().split(width // 2, dim=-1)
+    if fast:
+        gate, up = torch.split(gate_up, width // 2, dim=-1)
+        return F.silu(gate).mul_(up)
+    gate, up = torch.split(gate_up.float(), width // 2, dim=-1)
     return (gate / gate.neg().exp_().add_(1.0)).mul_(up).to(gate_up.dtype)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from moe_kernels.experts import allocate_experts
 from moe_kernels.gate import GateRule
 from torch import Tensor
 
@@ -139,12 +140,15 @@ class Assembly:
         query = "q_proj" if config.q_lora_rank is None else "q_b_proj"
         up_width = config.qk_nope_head_dim + config.v_head_dim
         up = read(f"{prefix}kv_b_proj.weight", (head_rows(up_width), every)).view(shape.num_heads, up_width, -1)
+        key_up = up[:, : config.qk_nope_head_dim].contiguous()
+        transposed = key_up.transpose(1, 2)
         return MLAWeights(
             down=self._linear(down, bias),
             q_norm=None if config.q_lora_rank is None else read(f"{prefix}q_a_layernorm.weight"),
             q=self._linear(read(f"{prefix}{query}.weight", query_rows)),
             kv_norm=read(f"{prefix}kv_a_layernorm.weight"),
-            key_up=up[:, : config.qk_nope_head_dim].contiguous(),
+            key_up=key_up,
+            key_up_transposed=transposed.contiguous() if self.batch_invariant else transposed,
             value_up=up[:, config.qk_nope_head_dim :].contiguous(),
             out=self._linear(read(f"{prefix}o_proj.weight", (every, head_rows(config.v_head_dim)))),
             out_bias=read(f"{prefix}o_proj.bias") if config.attention_bias else None,
@@ -188,20 +192,28 @@ class Assembly:
     def _experts(self, index: int, prefix: str) -> Experts:
         """This rank's slots, filled with the experts that the placement puts there."""
         config = self.config
-        slots, width, hidden = self.placement.num_local, config.moe_intermediate_size, config.hidden_size
-        w13 = torch.empty(slots, 2 * width, hidden, dtype=self.source.dtype)
-        w2 = torch.empty(slots, hidden, width, dtype=self.source.dtype)
+        weights = allocate_experts(
+            self.placement.num_local,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            dtype=self.source.dtype,
+            device=self.source.device,
+        )
         for slot, logical in enumerate(self.placement.local_logical(index, self.mesh.ep_rank)):
-            if logical < config.n_routed_experts:
-                expert = f"{prefix}experts.{logical}."
-                w13[slot, :width] = self.source.read(f"{expert}gate_proj.weight")
-                w13[slot, width:] = self.source.read(f"{expert}up_proj.weight")
-                w2[slot] = self.source.read(f"{expert}down_proj.weight")
-            else:
-                shared13, shared2 = self.source.shared((prefix, "sliced"), lambda: self._sliced_shared(prefix))
-                w13[slot] = shared13[logical - config.n_routed_experts]
-                w2[slot] = shared2[logical - config.n_routed_experts]
-        return Experts.from_slots(w13, w2, batch_invariant=self.batch_invariant)
+            w13, w2 = self._expert(prefix, logical)
+            weights.write_slot_(slot, w13=w13, w2=w2)
+        return Experts(weights, self.batch_invariant)
+
+    def _expert(self, prefix: str, logical: int) -> tuple[Tensor, Tensor]:
+        """`w13 [2I, H]`, `w2 [H, I]` of a logical expert; ids from E on are the slices of the shared one."""
+        if logical >= self.config.n_routed_experts:
+            shared13, shared2 = self.source.shared((prefix, "sliced"), lambda: self._sliced_shared(prefix))
+            index = logical - self.config.n_routed_experts
+            return shared13[index], shared2[index]
+        gate, up, down = (
+            self.source.read(f"{prefix}experts.{logical}.{name}_proj.weight") for name in ("gate", "up", "down")
+        )
+        return torch.cat((gate, up)), down
 
     def _sliced_shared(self, prefix: str) -> tuple[Tensor, Tensor]:
         names = (f"{prefix}shared_experts.{name}_proj.weight" for name in ("gate", "up", "down"))

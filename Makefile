@@ -1,0 +1,46 @@
+# Two commands do everything: `make run` and `make test`. Each makes .venv first where it is missing.
+# PYTHON picks the interpreter (3.11 or newer). TORCH_INDEX, where set, is an extra package index to take
+# torch from; with https://download.pytorch.org/whl/cpu pip chooses the CPU build and saves gigabytes of CUDA.
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?= ep=320
+BIN := .venv/bin
+STAMP := .venv/.installed
+JOBS ?= 2
+
+.PHONY: run test full lint types format clean help
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	  f"moe_runtime needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.11 …")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo 'installing into .venv (minutes the first time)'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[dev]'
+	@touch $@
+
+run: $(STAMP) ## run the demo model on 320 virtual ranks (other settings: make run ARGS="ep=8 tp=2")
+	$(BIN)/python -m moe_runtime $(ARGS)
+
+test: $(STAMP) ## the CPU test suite
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests
+
+full: $(STAMP) ## the CPU test suite and the slow tests (wheel install, long sweeps)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests
+
+lint: $(STAMP) ## ruff, as in .ci/run
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy --strict on all packages and tests
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff rewrite the files
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean: ## remove the environment, caches and build outputs
+	rm -rf .venv dist build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,144 @@
+"""Incremental text equals decoding at once; stop texts are found however the tokens cut them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from moe_runtime.engine.detokenizer import Detokenizer, IncrementalDecoder, StopMatcher
+from moe_runtime.engine.request import SamplingParams
+
+
+class Bytes:
+    """Token = one byte; 256 and 257 are a special token and the text "ab€"."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        parts = [
+            bytes([token])
+            if token < 256
+            else "ab€".encode()
+            if token == 257
+            else b""
+            if skip_special_tokens
+            else b"<eos>"
+            for token in ids
+        ]
+        return b"".join(parts).decode(errors="replace")
+
+
+def metaspace() -> Tokenizer:
+    """A tokenizer whose first word loses its leading space, as with Llama's."""
+    vocab = {"▁": 0, "▁a": 1, "▁bc": 2, "d": 3, "e": 4}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="e"))
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+def pieces(ids: Sequence[int], context: Sequence[int] = ()) -> list[str]:
+    decoder = IncrementalDecoder(Bytes(), context)
+    return [*[decoder.append(token) for token in ids], decoder.finish()]
+
+
+def test_characters_come_whole() -> None:
+    assert pieces("é€😀".encode()) == ["", "é", "", "", "€", "", "", "", "😀", ""]
+    assert pieces("a€".encode()[:-1]) == ["a", "", "", "\ufffd"]
+
+
+def test_bytes_that_are_no_text_do_not_hold_everything_back() -> None:
+    ids = [0xFF] * 500 + list(b"ok")
+    decoder = IncrementalDecoder(Bytes())
+    given = [decoder.append(token) for token in ids]
+    assert sum(map(len, given[:10])) >= 7
+    assert "".join(given) + decoder.finish() == Bytes().decode(ids)
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(
+    ids=st.lists(st.sampled_from([97, 256, 257, *"é€😀".encode(), 0xFF]), max_size=40), context=st.binary(max_size=8)
+)
+def test_pieces_make_the_text_decoded_at_once(ids: list[int], context: bytes) -> None:
+    assert "".join(pieces(ids)) == Bytes().decode(ids)
+    text = context.decode(errors="ignore").encode()
+    assert "".join(pieces(ids, text)) == Bytes().decode(ids)
+
+
+def test_leading_space_survives_behind_a_prompt() -> None:
+    tokenizer = metaspace()
+    decoder = IncrementalDecoder(tokenizer, [1, 3])
+    assert [decoder.append(token) for token in (2, 3, 1)] == [" bc", "d", " a"]
+    assert tokenizer.decode([2, 3, 1]) == "bcd a"
+
+
+def stop_oracle(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
+    """Character by character: the first end of any stop text, the earliest beginning among those."""
+    for end in range(1, len(text) + 1):
+        matches = [stop for stop in stops if text[:end].endswith(stop)]
+        if matches:
+            stop = max(matches, key=len)
+            return text[: end - len(stop)], stop
+    return text, None
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(
+    cut=st.lists(st.text("ab", max_size=4), max_size=10),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3, unique=True),
+)
+def test_stop_texts_are_found_however_the_text_is_cut(cut: list[str], stops: list[str]) -> None:
+    matcher = StopMatcher(stops)
+    out, found = "", None
+    for piece in cut:
+        text, found = matcher.feed(piece)
+        out += text
+        assert stop_oracle("".join(cut), stops)[0].startswith(out), "given out too early"
+        if found:
+            break
+    else:
+        out += matcher.finish()
+    assert (out, found) == stop_oracle("".join(cut), stops)
+
+
+def feed(params: SamplingParams, text: str) -> tuple[Detokenizer, list[str]]:
+    detokenizer = Detokenizer(Bytes(), params)
+    return detokenizer, [*[detokenizer.append(token) for token in text.encode()], detokenizer.finish()]
+
+
+def test_stop_text_across_tokens_is_cut() -> None:
+    detokenizer, given = feed(SamplingParams(stop=["STOP", "TOY"]), "a STO STOP more")
+    assert detokenizer.text == "".join(given) == "a STO "
+    assert detokenizer.stop_reason == "STOP"
+    assert detokenizer.num_tokens == len("a STO STOP"), "later tokens are not part of the completion"
+    assert given[2:6] == ["", "", "", "STO "], "held back while it could begin a stop text"
+
+
+def test_without_a_stop_everything_comes() -> None:
+    detokenizer, given = feed(SamplingParams(stop="STOP"), "a STO")
+    assert detokenizer.text == "".join(given) == "a STO"
+    assert not detokenizer.stopped
+
+
+def test_stop_text_can_be_kept() -> None:
+    assert feed(SamplingParams(stop="b", include_stop_str_in_output=True), "abc")[0].text == "ab"
+
+
+def test_min_tokens_come_before_any_stop_text() -> None:
+    detokenizer, _ = feed(SamplingParams(stop="ab", min_tokens=3), "ababab")
+    assert (detokenizer.text, detokenizer.num_tokens) == ("ab", 4)
+
+
+def test_a_stop_token_is_counted_but_has_no_text() -> None:
+    for keep, expected in ((False, "a"), (True, "ab")):
+        detokenizer = Detokenizer(Bytes(), SamplingParams(stop_token_ids=[98], include_stop_str_in_output=keep))
+        detokenizer.append(97)
+        detokenizer.append(98, is_stop_token=True)
+        assert (detokenizer.text, detokenizer.num_tokens) == (expected, 2)
+
+
+@pytest.mark.parametrize(("skip", "expected"), [(True, "a"), (False, "a<eos>")])
+def test_special_tokens(skip: bool, expected: str) -> None:
+    detokenizer = Detokenizer(Bytes(), SamplingParams(skip_special_tokens=skip))
+    assert detokenizer.append(97) + detokenizer.append(256) == expected

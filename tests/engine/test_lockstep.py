@@ -1,0 +1,144 @@
+"""agree: one pure function, the same step on every rank; and the spreading of requests over DP groups."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_runtime.dispatch.base import DispatchStep, Phase
+from moe_runtime.engine.lockstep import (
+    AgreedStep,
+    GroupBalancer,
+    LockstepLimits,
+    Padding,
+    Wish,
+    agree,
+    choose_group,
+)
+from moe_runtime.errors import ConfigError
+
+
+def tokens(*counts: int, decode: bool = False) -> list[Wish]:
+    return [Wish(num_tokens=count, num_decode_tokens=count if decode else 0) for count in counts]
+
+
+def test_padding_policies() -> None:
+    mixed, decode = tokens(5, 0, 2), tokens(5, 0, 2, decode=True)
+    own = LockstepLimits(tp=4, padding=Padding.OWN)
+    most = LockstepLimits(tp=4, padding=Padding.MAX)
+    auto = LockstepLimits(tp=4, captures_graphs=True)
+    assert agree(mixed, limits=own).padded_tokens == (8, 0, 4)
+    assert agree(mixed, limits=most).padded_tokens == (8, 8, 8)
+    assert agree(mixed, limits=auto).padded_tokens == (8, 0, 4)
+    assert agree(decode, limits=auto).padded_tokens == (8, 8, 8)
+    assert agree(decode, limits=LockstepLimits(tp=4)).padded_tokens == (8, 0, 4)
+
+
+def test_phases() -> None:
+    limits = LockstepLimits()
+    assert agree(tokens(0, 0), limits=limits).phase is Phase.IDLE
+    assert agree(tokens(3, 0, decode=True), limits=limits).phase is Phase.DECODE
+    assert agree([*tokens(3, decode=True), *tokens(1)], limits=limits).phase is Phase.MIXED
+
+
+def test_chunks_are_even_and_under_the_cap() -> None:
+    limits = LockstepLimits(tp=2, receive_bytes_per_token=10, receive_bytes_cap=79)
+    step = agree(tokens(16, 3), limits=limits)
+    assert (step.capacity, step.num_chunks, step.chunk_tokens) == (8, 2, 4)
+    assert step.dispatch_step(1) == DispatchStep(4, Phase.MIXED, 1)
+    assert agree(tokens(99), limits=LockstepLimits(max_capacity=10)).num_chunks == 10
+    with pytest.raises(ConfigError, match=r"dispatch_buffer_bytes=9: .*needs 10 bytes .*set .*=10 or more"):
+        LockstepLimits(receive_bytes_per_token=10, receive_bytes_cap=9)
+
+
+def test_finished_and_faults() -> None:
+    limits = LockstepLimits()
+    assert not agree([Wish(), Wish()], limits=limits).finished
+    assert agree([Wish(stop=1), Wish()], limits=limits).finished
+    assert not agree([Wish(stop=1), Wish(num_tokens=1)], limits=limits).finished
+    assert agree([Wish(), Wish(fault=1), Wish()], limits=limits).faults == (1,)
+
+
+def test_groups_at_different_steps_are_named() -> None:
+    with pytest.raises(ValueError, match="group 1 at 6, the others at 7"):
+        agree([Wish(step=7), Wish(step=6), Wish(step=7)], limits=LockstepLimits())
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[list[Wish], LockstepLimits]:
+    wishes: list[Wish] = []
+    for _ in range(draw(st.integers(1, 9))):
+        count = draw(st.integers(0, 40) | st.just(0))
+        decode = draw(st.sampled_from([0, count]) | st.integers(0, count))
+        flag = st.sampled_from([0, 0, 0, 1])
+        wishes.append(Wish(3, count, decode, draw(st.integers(0, 9)), draw(st.integers(0, 99)), draw(flag), draw(flag)))
+    per_token = draw(st.integers(0, 50))
+    limits = LockstepLimits(
+        tp=draw(st.sampled_from([1, 2, 3, 4, 8])),
+        padding=draw(st.sampled_from(Padding)),
+        captures_graphs=draw(st.booleans()),
+        receive_bytes_per_token=per_token,
+        receive_bytes_cap=draw(st.none() | st.integers(per_token, 400)),
+        max_capacity=draw(st.none() | st.integers(1, 20)),
+    )
+    return wishes, limits
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(world=worlds())
+def test_laws(world: tuple[list[Wish], LockstepLimits]) -> None:
+    wishes, limits = world
+    rows = [wish.to_row() for wish in wishes]
+    step = agree(rows, limits=limits)
+    assert all(agree([Wish.from_row(row) for row in rows], limits=limits) == step for _ in wishes)
+    assert step.num_tokens == sum(wish.num_tokens for wish in wishes)
+    assert step.idle == tuple(group for group, wish in enumerate(wishes) if wish.num_tokens == 0)
+    assert step.faults == tuple(group for group, wish in enumerate(wishes) if wish.fault)
+    for wish, padded in zip(wishes, step.padded_tokens, strict=True):
+        assert padded >= wish.num_tokens
+        assert padded % limits.tp == 0
+        assert padded < max(other.num_tokens for other in wishes) + limits.tp
+    assert step.capacity * limits.tp == max(step.padded_tokens)
+    check_chunks(step, limits)
+    assert (step.phase is Phase.IDLE) == (step.num_tokens == 0) == (step.capacity == 0)
+    assert not step.finished or step.phase is Phase.IDLE
+
+
+def check_chunks(step: AgreedStep, limits: LockstepLimits) -> None:
+    assert step.chunk_tokens >= 1
+    assert step.num_chunks * step.chunk_tokens >= step.capacity
+    assert (step.num_chunks - 1) * step.chunk_tokens < max(step.capacity, 1), "no turn is empty"
+    if limits.receive_bytes_cap is not None:
+        assert step.chunk_tokens * limits.receive_bytes_per_token <= limits.receive_bytes_cap
+    if limits.max_capacity is not None:
+        assert step.chunk_tokens <= limits.max_capacity
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=6), data=st.data())
+def test_who_is_where_does_not_matter(counts: list[int], data: st.DataObject) -> None:
+    order = data.draw(st.permutations(range(len(counts))))
+    limits = LockstepLimits(tp=2)
+    step, other = agree(tokens(*counts), limits=limits), agree(tokens(*[counts[i] for i in order]), limits=limits)
+    assert other.padded_tokens == tuple(step.padded_tokens[i] for i in order)
+    assert (other.capacity, other.num_chunks, other.phase) == (step.capacity, step.num_chunks, step.phase)
+
+
+def test_requests_go_where_least_is_outstanding() -> None:
+    assert choose_group([3, 1, 1]) == 1
+    balancer = GroupBalancer(3)
+    assert [balancer.assign(10) for _ in range(3)] == [0, 1, 2]
+    assert balancer.assign(1) == 0
+    balancer.report([9, 5, 7])
+    assert [balancer.assign(4), balancer.assign(4)] == [1, 2]
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40), groups=st.integers(1, 8))
+def test_balancer_stays_within_one_request(sizes: list[int], groups: int) -> None:
+    balancer = GroupBalancer(groups)
+    load = [0] * groups
+    for size in sizes:
+        load[balancer.assign(size)] += size
+    assert max(load) - min(load) <= max(sizes)

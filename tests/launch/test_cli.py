@@ -1,0 +1,218 @@
+"""The command line as a person meets it: help, doctor, generate, exit codes, prompt and result files."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_runtime.cli.app import ExitCode, main
+from moe_runtime.cli.console import PlainConsole, open_console, printable
+from moe_runtime.cli.help import help_text
+from moe_runtime.cli.next_command import next_command
+from moe_runtime.cli.prompts import check_output, read_prompts, write_lines
+from moe_runtime.cli.rich_console import RichConsole
+from moe_runtime.config import keys
+from moe_runtime.errors import ConfigError, RequestError
+from moe_runtime.launch.compose import compose
+from moe_runtime.launch.data import preset_names
+
+
+def test_help_explains_every_key_in_a_line() -> None:
+    lines = help_text().splitlines()
+    for key in keys():
+        (line,) = [line for line in lines if line.startswith(f"  {key.name} ")]
+        assert key.help in line
+        assert line.endswith("]")
+        for choice in key.choices:
+            assert choice in line
+    for name in preset_names():
+        assert any(line.startswith(f"  {name} ") for line in lines)
+    for code in ExitCode:
+        assert any(line.startswith(f"  {code.value} ") for line in lines), code
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["ep=8", "--help"]])
+def test_help_and_version_exit_well(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == ExitCode.OK
+    assert "placement.num_redundant_experts" in capsys.readouterr().out
+    assert main(["--version"]) == ExitCode.OK
+    assert capsys.readouterr().out.startswith("moe_runtime 0.")
+
+
+@pytest.mark.parametrize(
+    "words", [["--ep", "320"], ["epp=3"], ["model=nowhere"], ["prompts=no such file"], ["ep=8", "tp=3"]]
+)
+def test_bad_input_is_one_line_and_exit_code_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == ExitCode.BAD_INPUT
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err.startswith("ConfigError: ")
+    assert streams.err.count("\n") == 1
+
+
+def _doctor(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["job=doctor", *words]) == ExitCode.OK
+    return capsys.readouterr().out
+
+
+def test_doctor_on_the_demo_model(capsys: pytest.CaptureFixture[str]) -> None:
+    text = _doctor(capsys, "ep=320")
+    for part in (
+        "ep=320 = dp=80 × tp=4",
+        "319   39    7      79  3   319",
+        "320 = 1 on each of 320 ranks",
+        "no conflicts",
+    ):
+        assert part in text
+    assert "next: python -m moe_runtime ep=320" in text
+
+
+def test_doctor_at_671b_from_the_configuration_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    text = _doctor(capsys, "model=deepseek_v3", "preset=v3_decode_ep320")
+    assert "256 routed + 1 shared, dispatched, in each of 58 MoE layers" in text
+    # 58 layers × 3 matrices × 7168 × 2048 × 2 bytes
+    assert "experts           4.758 GiB" in text
+    # 61 layers × (512 + 64) × 2 bytes
+    assert "KV per token      68.62 KiB" in text
+    assert "deep_ep" in text
+    text = _doctor(capsys, "model=deepseek_v3", "preset=v3_prefill_ep32")
+    assert "288 = 9 on each of 32 ranks" in text
+
+
+def test_doctor_lists_every_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["job=doctor", "ep=8", "tp=3", "epp=1", "engine.dispatch_buffer_bytes=3", "engine.kv_cache_bytes=1"]
+    assert main(words) == ExitCode.BAD_INPUT
+    text = capsys.readouterr().out
+    assert "4 problems" in text
+    for part in ("Nearest: tp=4", "Did you mean 'ep'?", "one token to top-8 experts", "one page of 16 tokens"):
+        assert part in text
+    assert main(["job=doctor", "model=nowhere", "tp=0"]) == ExitCode.BAD_INPUT
+    assert "2 problems" in capsys.readouterr().out
+
+
+def test_generate_from_file_to_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, output = tmp_path / "my prompts,v2.txt", tmp_path / "out(1).jsonl"
+    prompts.write_text("def add(a, b):\n\nimport os\n", encoding="utf-8")
+    words = ["ep=2", f"prompts={prompts}", f"output={output}", "sampling.max_tokens=3", "sampling.ignore_eos=true"]
+    assert main(words) == ExitCode.OK
+    text = capsys.readouterr().out
+    for part in ("ep=2 = dp=2 × tp=1", "> def add(a, b):", "tokens/s", "balancedness", "next: python -m moe_runtime"):
+        assert part in text
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in rows] == ["def add(a, b):", "import os"]
+    for row in rows:
+        assert len(row["token_ids"]) == 3
+        assert row["finish_reason"] == "length"
+        assert row["ttft_s"] <= row["total_s"]
+    assert sorted(tmp_path.iterdir()) == [prompts, output]
+
+
+def test_a_prompt_that_can_never_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "long.jsonl"
+    prompts.write_text(json.dumps({"prompt": [5] * 3000}), encoding="utf-8")
+    assert main([f"prompts={prompts}"]) == ExitCode.BAD_INPUT
+    assert "RequestError: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["my prompts,v2.txt", "a=b.txt", "[x].txt", "out(1).jsonl"])
+def test_prompt_files(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text('{"prompt": "a\\nb"}\n\n{"prompt": [1, 2], "id": 7}\n', encoding="utf-8")
+    text, ids = read_prompts(file)
+    assert (text.value, ids.value, ids.line) == ("a\nb", (1, 2), 3)
+
+
+def test_text_prompts_keep_blanks_and_lose_line_ends(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_bytes("\ufeff  x = 1\r\n\r\ny \u2028z\n".encode())
+    assert [prompt.value for prompt in read_prompts(file)] == ["  x = 1", "y \u2028z"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n \n", "holds no prompt"),
+        (b"\xff\xfe", "is not UTF-8 text (byte 0)"),
+        (b'{"prompt": "a"}\nnot json', "line 2: is not JSON"),
+        (b'{"prompt": "a"}\n{"text": "b"}', "line 2: has ['text'] but no \"prompt\""),
+        (b'{"prompt": "a"}\n{"prompt": ""}', "line 2: the prompt is empty"),
+        (b'{"prompt": "a"}\n{"prompt": []}', "line 2: the prompt is empty"),
+        (
+            b'{"prompt": "a"}\n{"prompt": [1, -2]}',
+            "line 2: the prompt is [1, -2]; must be a text or a list of token ids",
+        ),
+        (b'{"prompt": "a"}\n{"prompt": [true]}', "line 2: the prompt is [True]"),
+        (b'{"prompt": "a\\ud800"}', "half of a surrogate pair"),
+    ],
+)
+def test_bad_prompt_files(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad"
+    file.write_bytes(content)
+    with pytest.raises((ConfigError, RequestError)) as caught:
+        read_prompts(file)
+    assert message in str(caught.value)
+
+
+def test_missing_prompt_file_names_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "prompts,v2.txt").touch()
+    with pytest.raises(ConfigError, match=r"no such file\. Did you mean 'prompts,v2\.txt'"):
+        read_prompts(tmp_path / "prompts,v1.txt")
+    with pytest.raises(ConfigError, match="is a folder"):
+        read_prompts(tmp_path)
+
+
+def test_output_is_checked_before_the_run(tmp_path: Path) -> None:
+    check_output(tmp_path / "a.jsonl")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="mkdir -p"):
+        check_output(tmp_path / "no" / "a.jsonl")
+    with pytest.raises(ConfigError, match="is a folder"):
+        check_output(tmp_path)
+
+
+def test_output_is_whole_or_absent(tmp_path: Path) -> None:
+    file = tmp_path / "a=b, [c].jsonl"
+    file.write_text("old", encoding="utf-8")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_lines(file, [{"x": 1}, {"x": float("nan")}])
+    assert file.read_text(encoding="utf-8") == "old"
+    write_lines(file, [{"x": "ü\u2028"}])
+    assert [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] == [{"x": "ü\u2028"}]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), _Terminal()])
+def test_both_consoles_show_the_same_words(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    console = open_console(stream)
+    assert isinstance(console, RichConsole if stream.isatty() else PlainConsole)
+    console.pairs("mesh", [("ep", "[red]8[/red]")])
+    console.table("ranks", ("rank", "node"), [("0", "1")])
+    console.text("[bold]prompt", "answer\x1b[2J\n")
+    with console.progress("loading", 2) as advance:
+        advance(1, "rank 0")
+    console.error("wrong: [x]")
+    text = stream.getvalue()
+    for part in ("[red]8[/red]", "rank", "node", "[bold]prompt", "answer", "\\x1b[2J", "wrong: [x]"):
+        assert part in text
+    assert stream.isatty() or "\x1b" not in text
+
+
+def test_control_characters_are_spelled_out() -> None:
+    assert printable("a\x1b[31m\tb\n\x07\x9b") == "a\\x1b[31m\tb\n\\x07\\x9b"
+
+
+def test_next_commands_can_be_typed() -> None:
+    assert next_command(compose(["ep=8", "model=demo"])) == "python -m moe_runtime model=demo ep=320"
+    assert next_command(compose(["ep=320"])) == "python -m moe_runtime preset=v3_decode_ep320"
+    assert "job=doctor model=deepseek_v3 preset=ep128" in next_command(compose(["preset=ep128"]))
+    quoted = next_command(compose(["prompts=my prompts,v2.txt"]))
+    assert "'prompts=my prompts,v2.txt'" in quoted

@@ -1,0 +1,112 @@
+"""Bytes per rank against the checkpoint's own tensor list: nothing is counted twice or forgotten."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from moe_models.registry import tensor_specs
+
+from moe_runtime.config import EngineConfig
+from moe_runtime.errors import ConfigError
+from moe_runtime.launch.compose import Composed, compose
+from moe_runtime.launch.placing import expert_placement
+from moe_runtime.launch.sizing import (
+    AUTO_KV_BYTES,
+    WeightBytes,
+    cache_size,
+    compute_dtype,
+    dispatch_bytes,
+    format_bytes,
+    process_bytes,
+    weight_bytes,
+)
+
+
+def _weights(run: Composed, rank: int, itemsize: int = 2) -> WeightBytes:
+    return weight_bytes(
+        run.model,
+        run.topology.mesh(rank),
+        num_local_slots=expert_placement(run.config, run.model).num_local,
+        shared=run.config.shared_experts,
+        itemsize=itemsize,
+    )
+
+
+def _router_numbers(run: Composed) -> int:
+    return sum(math.prod(spec.shape) for spec in tensor_specs(run.model) if ".mlp.gate." in spec.name)
+
+
+@pytest.mark.parametrize("model", ["demo", "deepseek_v3", "deepseek_v2_lite", "kimi_k2"])
+def test_one_rank_holds_every_tensor_of_the_checkpoint(model: str) -> None:
+    run = compose([f"model={model}"])
+    numbers = sum(math.prod(spec.shape) for spec in tensor_specs(run.model))
+    # The router is held in fp32, the rest in 2 bytes here.
+    assert _weights(run, 0).total == 2 * numbers + 2 * _router_numbers(run)
+
+
+def test_deepseek_v3_has_671_billion_numbers() -> None:
+    run = compose(["model=deepseek_v3"])
+    numbers = (_weights(run, 0).total - 2 * _router_numbers(run)) // 2
+    assert numbers == pytest.approx(671e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "words", [["ep=8", "tp=1"], ["ep=8", "tp=4"], ["ep=32"], ["ep=8", "tp=8", "shared_experts=dispatched"]]
+)
+def test_ranks_add_up(words: list[str]) -> None:
+    one, many = compose(["model=demo"]), compose(words)
+    whole, parts = _weights(one, 0), [_weights(many, rank) for rank in range(many.config.ep)]
+    experts = sum(part.experts for part in parts) + (many.config.shared_experts == "replicated") * whole.shared_experts
+    placement = expert_placement(many.config, many.model)
+    spare = (placement.num_physical - placement.num_logical) * (whole.experts // 256)
+    assert experts == whole.experts + whole.shared_experts + spare
+    assert sum(part.embedding for part in parts[: many.config.tp]) == whole.embedding
+    for part in parts:
+        assert (part.norms, part.dense, part.router) == (whole.norms, whole.dense, whole.router)
+
+
+def test_uneven_vocabulary_shards() -> None:
+    run = compose(["ep=8", "tp=8", "model=deepseek_v2_lite"])
+    heads = -(-run.model.vocab_size // 8) * run.model.hidden_size * 2
+    tables = [_weights(run, rank).embedding - heads for rank in range(8)]
+    assert sum(tables) == run.model.vocab_size * run.model.hidden_size * 2
+
+
+def test_cache_sizes() -> None:
+    run = compose(["engine.kv_cache_bytes=1MiB", "engine.page_size=64"])
+    size = cache_size(run.config.engine, run.model, itemsize=2)
+    assert (size.bytes_per_token, size.num_pages) == (640, 2**20 // (640 * 64))
+    assert size.num_bytes <= 2**20
+    small = compose(["engine.max_num_seqs=2", "engine.max_model_len=100"])
+    assert cache_size(small.config.engine, small.model, itemsize=2).num_tokens == 2 * 112  # whole pages each
+    wide = cache_size(compose([]).config.engine, run.model, itemsize=2, ranks_in_process=320)
+    assert 320 * wide.num_bytes <= AUTO_KV_BYTES
+    with pytest.raises(ConfigError, match="one page of 64 tokens takes"):
+        cache_size(EngineConfig(page_size=64, kv_cache_bytes=1000), run.model, itemsize=2)
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather", "local"])
+def test_dispatch_bytes_grow_with_tokens(dispatch: str) -> None:
+    run = compose([f"dispatch={dispatch}", "ep=1"] if dispatch == "local" else [f"dispatch={dispatch}", "ep=8"])
+    one, ten = (dispatch_bytes(run.config, run.model, tokens=n, itemsize=2) for n in (1, 10))
+    assert 0 < one < ten <= 10 * one
+
+
+def test_a_process_holds_equal_slices_once() -> None:
+    one, eight = compose(["ep=1", "engine.kv_cache_bytes=1MiB"]), compose(["ep=8", "engine.kv_cache_bytes=1MiB"])
+    cache = cache_size(one.config.engine, one.model, itemsize=2).num_bytes
+    assert process_bytes(eight.config, eight.model) == process_bytes(one.config, one.model) + 7 * cache
+
+
+def test_dtypes() -> None:
+    for words, expected in (([], 2), (["dtype=float32"], 4), (["dtype=bfloat16"], 2)):
+        run = compose(words)
+        assert compute_dtype(run.config, run.model).itemsize == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**40, "1 TiB"), (2**50, "1024 TiB")]
+)
+def test_byte_texts(count: int, text: str) -> None:
+    assert format_bytes(count) == text
