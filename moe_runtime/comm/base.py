@@ -68,7 +68,9 @@ class Communicator(Protocol):
     def all_to_all(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Tensor:
         """Rows of `x [sum(send_counts), ...]`, blocks in destination order, to `[sum(recv_counts), ...]` in source order."""
 
-    def all_to_all_begin(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Pending[Tensor]: ...
+    def all_to_all_begin(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
+    ) -> Pending[Tensor]: ...
 
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         """`x` of group rank `src`; other ranks pass a tensor of equal shape and dtype, which is left unchanged."""

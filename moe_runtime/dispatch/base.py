@@ -1,11 +1,13 @@
-"""Dispatcher: the shuffle to the experts and back. T tokens, H hidden, K top-k, E local slots, R received rows, C capacity.
+"""Dispatcher: the shuffle to the experts and back.
+
+T tokens, H hidden, K top-k, E local slots, R received rows, C capacity.
 
 Laws, checked by one contract suite over every backend:
 * identity experts with weights summing to 1 return `x`;
 * counts conserve the valid assignments: the rows received over all ranks are those with an id >= 0;
 * zero tokens on any rank is legal and still collective;
-* `local` is the oracle; `Capabilities.sums_at_home` says whether a backend equals it bitwise (weighted sum at the token's
-  home rank, in top-k order, fp32) or within which bound.
+* `local` is the oracle; `Capabilities.sums_at_home` says whether a backend equals it bitwise (weighted sum at the
+  token's home rank, in top-k order, fp32) or within which bound.
 """
 
 from __future__ import annotations

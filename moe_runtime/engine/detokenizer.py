@@ -13,7 +13,9 @@ _CONTEXT_TOKENS = 5
 _LONGEST_INCOMPLETE = 3
 """Bytes of a UTF-8 character that can be there while the character is incomplete."""
 _LONGEST_WINDOW = 64
-"""Tokens after which a text that never ends on a whole character (bytes that are no text) is taken as it is."""
+"""Tokens after which a text that never ends on a whole character (bytes that are no text) is given out but for the
+last few bytes."""
+_TRIMMED_WINDOW = 8
 
 
 class TokenDecoder(Protocol):
@@ -42,18 +44,23 @@ class IncrementalDecoder:
         """The text that this token makes certain, possibly empty."""
         self._ids.append(token)
         text = self._decode()
-        certain = max(len(text.rstrip(_REPLACEMENT)), len(text) - _LONGEST_INCOMPLETE)
-        if len(self._ids) > _LONGEST_WINDOW:
-            certain = len(text)
-        if certain <= self._given:
-            return ""
-        piece = text[self._given : certain]
-        self._given = certain
-        if certain == len(text):
-            self._ids = self._ids[self._keep :]
-            self._keep = len(self._ids)
-            self._given = len(self._decode())
+        held = len(text) - len(text.rstrip(_REPLACEMENT))
+        overlong = len(self._ids) > _LONGEST_WINDOW
+        if overlong:
+            held = min(held, _LONGEST_INCOMPLETE)
+        piece = text[self._given : len(text) - held]
+        self._given += len(piece)
+        if held and overlong:
+            self._restart(_TRIMMED_WINDOW, held)
+        elif piece and not held:
+            self._restart(len(self._ids) - self._keep, 0)
         return piece
+
+    def _restart(self, num_tokens: int, held: int) -> None:
+        """Continue from the last `num_tokens` tokens, of whose text all but `held` characters were given out."""
+        self._ids = self._ids[-num_tokens:]
+        self._keep = len(self._ids)
+        self._given = max(len(self._decode()) - held, 0)
 
     def finish(self) -> str:
         """The rest: an incomplete character at the very end, as its replacement character."""

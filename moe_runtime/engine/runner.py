@@ -158,6 +158,4 @@ def _logit_rows(chunks: Sequence[SequenceChunk]) -> IntArray:
 
 
 def _alike(chunk: SequenceChunk, other: SequenceChunk) -> bool:
-    return (
-        chunk.kind is other.kind and chunk.start == other.start and len(chunk.token_ids) == len(other.token_ids)
-    )
+    return chunk.kind is other.kind and chunk.start == other.start and len(chunk.token_ids) == len(other.token_ids)

@@ -24,7 +24,8 @@ from moe_runtime.engine.lockstep import LockstepLimits, Padding
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.runner import Runner
 from moe_runtime.engine.sampler import Sampler
-from moe_runtime.engine.scheduler import Scheduler, SchedulerLimits, check_request
+from moe_runtime.engine.scheduler import Scheduler
+from moe_runtime.engine.sequence import SchedulerLimits, check_request
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.compose import Composed
 from moe_runtime.launch.placing import expert_placement, num_dispatched_shared, num_logical_experts

@@ -100,7 +100,9 @@ class MLA:
         q = q.view(x.shape[0], shape.num_heads, shape.qk_nope_head_dim + shape.qk_rope_head_dim)
         # The key is rotated as one more head, in the same call.
         rotated = apply_rope(
-            torch.cat((q[..., shape.qk_nope_head_dim :], down[:, None, shape.kv_lora_rank :]), dim=1), step.cos, step.sin
+            torch.cat((q[..., shape.qk_nope_head_dim :], down[:, None, shape.kv_lora_rank :]), dim=1),
+            step.cos,
+            step.sin,
         )
         latent = rms_norm(down[:, : shape.kv_lora_rank], weights.kv_norm, shape.eps)
         return (q[..., : shape.qk_nope_head_dim], rotated[:, :-1]), torch.cat((latent, rotated[:, -1]), dim=-1)
@@ -141,8 +143,9 @@ class MLA:
             context = latent[here].view(chunk.num_sequences, chunk.length, latent.shape[-1])
         else:
             context = cache.view(-1, cache.shape[-1])[chunk.cache_rows].to(latent.dtype)
+        joined = torch.cat((query[0][here], query[1][here]), dim=-1)
         out = mla_expanded_batched(
-            torch.cat((query[0][here], query[1][here]), dim=-1).unflatten(0, (chunk.num_sequences, chunk.length)),
+            joined.view(chunk.num_sequences, chunk.length, *joined.shape[1:]),
             context[..., :rank],
             context[..., rank:],
             self.weights.key_up,

@@ -1,8 +1,8 @@
 """StepInputs: the tensors of one step on one rank, the only thing handed down through model, block and attention.
 
-n real tokens of this rank's DP group, N the same padded to a multiple of tp, D absorbed tokens, G sequences, L cached rows.
-Tokens stand in plan order: absorbed ones first, then expanded chunks. Rank i of a tp group owns rows i·N/tp … (i+1)·N/tp of
-the residual stream, so its real rows are a prefix of its rows.
+n real tokens of this rank's DP group, N the same padded to a multiple of tp, D absorbed tokens, G sequences, L cached
+rows. Tokens stand in plan order: absorbed ones first, then expanded chunks. Rank i of a tp group owns rows
+i·N/tp … (i+1)·N/tp of the residual stream, so its real rows are a prefix of its rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AbsorbedTokens:
 
 @dataclass(frozen=True, slots=True)
 class ExpandedChunk:
-    """`num_sequences` prompt chunks of equal `length` and equal `start`, stored one after the other from token `first`."""
+    """`num_sequences` prompt chunks of equal `length` and `start`, stored one after the other from token `first`."""
 
     first: int
     num_sequences: int

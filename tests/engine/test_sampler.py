@@ -184,12 +184,14 @@ def test_logits_stay_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_not_finite_fails_alone(bad: float, temperature: float) -> None:
     logits = logits_of(4)
-    healthy = Sampler().sample(logits, [row(i, logprobs=1) for i in range(4)])
+    rows = [row(i, logprobs=1, temperature=temperature) for i in range(4)]
+    healthy = Sampler().sample(logits, rows)
     logits[1, 200] = bad
     logits[2] = -math.inf
-    mixed = Sampler().sample(logits, [row(i, logprobs=1) for i in range(4)])
+    mixed = Sampler().sample(logits, rows)
     assert mixed == [healthy[0], Sampled(None), Sampled(None), healthy[3]]
     assert prompt_logprobs(logits, [1, 2, 3, 4], 1) is None
     assert prompt_logprobs(logits[3:], [4], 1) is not None

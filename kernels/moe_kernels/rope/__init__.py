@@ -23,5 +23,5 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         )
     shape = (cos.shape[0],) + (1,) * (x.dim() - 2) + (cos.shape[1],)
     cos, sin = cos.view(shape), sin.view(shape)
-    first, second = x.unflatten(-1, (cos.shape[-1], 2)).unbind(-1)
+    first, second = x.view(*x.shape[:-1], cos.shape[-1], 2).unbind(-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

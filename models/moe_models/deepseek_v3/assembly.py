@@ -1,4 +1,7 @@
-"""Reads one rank's slices of a DeepSeek-V2/V3 checkpoint and puts the layers together. h local heads, S shared experts."""
+"""Reads one rank's slices of a DeepSeek-V2/V3 checkpoint and puts the layers together.
+
+h local heads, H hidden, I expert width, C kv_lora_rank, S shared experts.
+"""
 
 from __future__ import annotations
 
@@ -229,7 +232,8 @@ class Assembly:
         return self.source.shared(name, lambda: self.source.read(name))
 
     def _rows(self, name: str, first: int, last: int) -> Tensor:
-        return self.source.shared((name, first, last), lambda: self.source.read(name, (slice(first, last), slice(None))))
+        region = (slice(first, last), slice(None))
+        return self.source.shared((name, first, last), lambda: self.source.read(name, region))
 
 
 def gate_rule(config: ModelConfig) -> GateRule:

@@ -7,6 +7,7 @@ dispatch on exactly one rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from moe_kernels.norm import add_rms_norm, rms_norm
 from torch import Tensor
@@ -27,7 +28,7 @@ class Block:
     attention_norm: Tensor
     attention: MLA
     ffn_norm: Tensor
-    ffn: MoELayer | DenseMLP
+    ffn: MoELayer[Any] | DenseMLP
 
 
 @dataclass(frozen=True, slots=True)
