@@ -1,4 +1,4 @@
-"""Runs the commands of README.md's ```sh blocks, so that none of them goes stale. Blocks marked ```text are not run.
+"""Runs README.md's ```sh lines and ```python blocks, so that none goes stale. Blocks marked ```text are not run.
 
 `make test` is what .ci/run does anyway, and cloning is done: both are passed over. Each command runs in the checkout,
 must exit with 0 and must leave nothing behind but the files that its `output=` names.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -19,11 +20,15 @@ LIMIT_S = 300
 
 
 def commands() -> list[str]:
-    blocks = re.findall(
-        r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
-    lines = [line.partition("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line and not line.startswith(("#", *SKIPPED))]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = []
+    for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", readme, re.DOTALL | re.MULTILINE):
+        if language == "python":
+            found.append(f"python -c {shlex.quote(block)}")
+            continue
+        lines = (line.partition("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
+        found += [line for line in lines if line and not line.startswith(("#", *SKIPPED))]
+    return found
 
 
 def leftovers() -> set[str]:
@@ -34,7 +39,7 @@ def leftovers() -> set[str]:
 def main() -> int:
     found = commands()
     if not found:
-        print("README.md: no ```sh block with a command")
+        print("README.md: no command found")
         return 1
     environment = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     failures = 0
@@ -52,7 +57,7 @@ def main() -> int:
         litter = leftovers() - before
         ok = code == 0 and not litter
         failures += not ok
-        print(f"{'ok    ' if ok else 'FAILED'} {time.monotonic() - began:6.1f} s  {command}")
+        print(f"{'ok    ' if ok else 'FAILED'} {time.monotonic() - began:6.1f} s  {command.splitlines()[0]}")
         if not ok:
             print(f"exit code {code}, left behind {sorted(litter)}\n{output[-3000:]}")
     return 1 if failures else 0

@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from moe_runtime.api import LLM
+    from moe_runtime.api import LLM, AsyncLLM
     from moe_runtime.engine.request import CompletionOutput, RequestOutput, SamplingParams
+    from moe_runtime.engine.snapshot import EngineSnapshot
     from moe_runtime.errors import (
         CheckpointError,
         CommunicationError,
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "SamplingParams",
     "RequestOutput",
     "CompletionOutput",
+    "EngineSnapshot",
     "MoeRuntimeError",
     "ConfigError",
     "CheckpointError",
@@ -35,9 +38,11 @@ __all__ = [
 
 _HOME: Final = {
     "LLM": "moe_runtime.api",
+    "AsyncLLM": "moe_runtime.api",
     "SamplingParams": "moe_runtime.engine.request",
     "RequestOutput": "moe_runtime.engine.request",
     "CompletionOutput": "moe_runtime.engine.request",
+    "EngineSnapshot": "moe_runtime.engine.snapshot",
 }
 
 

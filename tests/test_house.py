@@ -101,6 +101,11 @@ def floor_of(module: str) -> int:
     return ROOF
 
 
+def target_floor(module: str) -> int:
+    """`from moe_runtime import LLM` reaches what the package re-exports: the API."""
+    return FLOORS["moe_runtime.api"] if module == "moe_runtime" else floor_of(module)
+
+
 def imports_of(file: Path) -> Iterator[tuple[int, str]]:
     """(line, absolute module) of every import, also inside functions and under TYPE_CHECKING."""
     package = module_name(file).split(".")
@@ -128,10 +133,10 @@ def test_every_module_has_a_floor() -> None:
 
 def test_imports_go_down_only() -> None:
     wrong = [
-        found(file, line, f"floor {floor_of(module_name(file))} imports {target} of floor {floor_of(target)}")
+        found(file, line, f"floor {floor_of(module_name(file))} imports {target} of floor {target_floor(target)}")
         for file in sources()
         for line, target in imports_of(file)
-        if target.split(".")[0] in SOURCE_ROOTS and floor_of(target) > floor_of(module_name(file))
+        if target.split(".")[0] in SOURCE_ROOTS and target_floor(target) > floor_of(module_name(file))
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -51,7 +51,8 @@ def main(words: Sequence[str]) -> ExitCode:
     try:
         return _job(words)
     except (ConfigError, CheckpointError, RequestError) as error:
-        _say(error)
+        if _speaks_for_all():
+            _say(error)
         return ExitCode.BAD_INPUT
     except MoeRuntimeError as error:
         _say(error)
@@ -83,6 +84,17 @@ def _job(words: Sequence[str]) -> ExitCode:
     composed, meeting = decide(words, torchrun=torchrun)
     failed = generate(composed, meeting=meeting)
     return ExitCode.SOME_REQUESTS_FAILED if failed else ExitCode.OK
+
+
+def _speaks_for_all() -> bool:
+    """False under torchrun but on rank 0: bad input is the same on every rank, and told once."""
+    from moe_runtime.launch.env import torchrun_env
+
+    try:
+        place = torchrun_env()
+    except ConfigError:
+        return True
+    return place is None or place.rank == 0
 
 
 def _say(error: Exception) -> None:

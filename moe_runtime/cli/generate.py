@@ -28,7 +28,14 @@ _SHOWN = 6
 
 
 def generate(composed: Composed, *, meeting: Meeting | None = None, console: Console | None = None) -> int:
-    """Run the prompts of `composed.config`; returns the number of requests that failed."""
+    """Run the prompts of `composed.config`; returns the number of requests that failed.
+
+    Under torchrun, ranks other than 0 serve: they read, print and write nothing.
+    """
+    if meeting is not None and meeting.place.rank:
+        with LLM.from_composed(composed, meeting=meeting) as llm:
+            llm.generate([])
+        return 0
     config = composed.config
     console = open_console() if console is None else console
     prompts = own_prompts(composed.model_path) if config.prompts is None else read_prompts(Path(config.prompts))
@@ -39,9 +46,6 @@ def generate(composed: Composed, *, meeting: Meeting | None = None, console: Con
     with _loading(composed, console) as on_progress:
         llm = LLM.from_composed(composed, meeting=meeting, on_progress=on_progress)
     with llm:
-        if not llm.owns_requests:
-            llm.generate([])
-            return 0
         loaded = time.perf_counter()
         _show_topology(console, composed, llm, loaded - began)
         with _generating(console, llm, len(prompts)):

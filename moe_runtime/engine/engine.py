@@ -23,7 +23,7 @@ from moe_runtime.engine.messages import GroupCommands, TokenResult, decode_resul
 from moe_runtime.engine.plan import StepPlan
 from moe_runtime.engine.runner import GroupStep, Runner
 from moe_runtime.engine.sampler import Sampled, Sampler, TokenLogprobs, prompt_logprobs
-from moe_runtime.engine.scheduler import Finished, Scheduler
+from moe_runtime.engine.scheduler import Finished, Scheduler, SchedulerStats
 from moe_runtime.errors import CommunicationError
 
 _PHASES = tuple(Phase)
@@ -47,6 +47,8 @@ class StepReport:
     results: Sequence[TokenResult]
     agreed: AgreedStep
     elapsed_s: float
+    groups: tuple[SchedulerStats, ...]
+    """Per DP group, when the step was planned"""
     load: LoadReport | None = None
 
 
@@ -79,6 +81,7 @@ class RankEngine:
     leader: Leader | None
     _step: int = 0
     _idle: bool = True
+    _groups: tuple[SchedulerStats, ...] = ()
 
     def serve(self) -> None:
         """Steps until the owner says stop."""
@@ -132,7 +135,11 @@ class RankEngine:
             outstanding=leader.scheduler.outstanding_tokens,
             stop=int(commands.stop),
         )
-        agreed = agree(self.groups.dp.exchange(wish.to_row()), limits=self.limits)
+        rows = self.groups.dp.exchange((*wish.to_row(), *leader.scheduler.stats))
+        width = len(wish)
+        agreed = agree([row[:width] for row in rows], limits=self.limits)
+        if leader.owner is not None:
+            self._groups = tuple([SchedulerStats(*row[width:]) for row in rows])
         self._idle = not any(agreed.outstanding)
         if not self._idle and not agreed.num_tokens and not commands.abort:
             raise CommunicationError(
@@ -216,7 +223,7 @@ class RankEngine:
             if leader.owner is not None:
                 everybody = [result for payload in payloads for result in decode_results(payload)]
         if leader.owner is not None:
-            leader.owner.report(StepReport(everybody, agreed, time.perf_counter() - started, load))
+            leader.owner.report(StepReport(everybody, agreed, time.perf_counter() - started, self._groups, load))
 
 
 def _encode(step: GroupStep, plan: StepPlan, commands: GroupCommands) -> bytes:

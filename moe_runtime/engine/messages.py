@@ -28,7 +28,7 @@ class Commands:
         return not (self.add or self.abort or self.report or self.stop)
 
     def encode(self) -> bytes:
-        """Empty bytes where there is nothing to say. The requests of a group stay encoded until that group reads them."""
+        """Empty bytes where there is nothing to say. A group's requests stay encoded until that group reads them."""
         if self.empty:
             return b""
         add = {str(group): encode_requests(requests).decode() for group, requests in self.add.items()}

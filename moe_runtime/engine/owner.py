@@ -8,148 +8,106 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from moe_runtime.engine.detokenizer import Detokenizer, TokenDecoder
+from moe_runtime.dispatch.base import Phase
+from moe_runtime.engine.detokenizer import TokenDecoder
 from moe_runtime.engine.engine import LoadReport, StepReport
+from moe_runtime.engine.handle import Completion, Deliver, RequestHandle
 from moe_runtime.engine.lockstep import GroupBalancer
-from moe_runtime.engine.messages import Commands, TokenResult
-from moe_runtime.engine.request import (
-    CompletionOutput,
-    FinishReason,
-    PositionLogprobs,
-    Request,
-    RequestMetrics,
-    RequestOutput,
-    SamplingParams,
-)
-from moe_runtime.engine.sampler import TokenLogprobs
-from moe_runtime.errors import EngineClosedError
+from moe_runtime.engine.messages import Commands
+from moe_runtime.engine.request import Request, SamplingParams
+from moe_runtime.engine.scheduler import SchedulerStats
+from moe_runtime.engine.snapshot import EngineSnapshot, EngineState, TokenRate
+from moe_runtime.errors import EngineClosedError, RequestError
+from moe_runtime.parallel.mesh import ProcessMesh
 
 IDLE_WAIT_S = 1.0
 """How long rank 0 waits for work before it takes an idle step, which tells the other ranks that it lives."""
 
 
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A prompt to complete (params.n times). `prompt`: its text, None where it came as token ids."""
+
+    prompt: str | None
+    token_ids: Sequence[int]
+    params: SamplingParams
+    cache_salt: str = ""
+
+
 @dataclass(slots=True)
-class Completion:
-    """One sequence of a request."""
+class _Queued:
+    """Commands for the next step. Grown in place: a finalizer may add to it between any two lines of this module."""
 
-    index: int
-    request: Request
-    group: int
-    text: Detokenizer | None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-
-    def output(self) -> CompletionOutput:
-        chosen = None
-        if self.logprobs is not None:
-            chosen = sum(row[token].logprob for row, token in zip(self.logprobs, self.token_ids, strict=True))
-        return CompletionOutput(
-            index=self.index,
-            text="" if self.text is None else self.text.text,
-            token_ids=tuple(self.token_ids),
-            logprobs=None if self.logprobs is None else list(self.logprobs),
-            cumulative_logprob=chosen,
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-        )
-
-
-class RequestHandle:
-    """A submitted request, for the thread that waits for it."""
-
-    def __init__(self, number: int, prompt: str | None, prompt_token_ids: Sequence[int], *, stream: bool) -> None:
-        self.number = number
-        self.stream = stream
-        """Whether every token makes an update, or the end alone."""
-        self.prompt = prompt
-        self.prompt_token_ids = tuple(prompt_token_ids)
-        self.completions: list[Completion] = []
-        self.prompt_logprobs: list[PositionLogprobs | None] | None = None
-        self.metrics = RequestMetrics(arrival_time=time.monotonic())
-        self.error: BaseException | None = None
-        self.updates: queue.SimpleQueue[RequestOutput | None] = queue.SimpleQueue()
-
-    @property
-    def finished(self) -> bool:
-        return all(completion.finish_reason is not None for completion in self.completions)
-
-    def output(self) -> RequestOutput:
-        return RequestOutput(
-            request_id=self.number,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
-            outputs=[completion.output() for completion in self.completions],
-            metrics=self.metrics,
-            finished=self.finished,
-        )
+    add: dict[int, list[Request]] = field(default_factory=dict)
+    abort: dict[int, list[int]] = field(default_factory=dict)
+    report: bool = False
 
 
 class RequestOwner:
-    """Implements the engine's `Owner`. `check` refuses a request that could never run (RequestError)."""
+    """Implements the engine's `Owner`. `check` refuses a request that could never run (RequestError).
 
-    def __init__(self, *, num_groups: int, check: Callable[[Request], None], decoder: TokenDecoder | None) -> None:
+    `idle_wait_s` must be well below the time after which the other ranks give rank 0 up.
+    """
+
+    def __init__(
+        self,
+        *,
+        mesh: ProcessMesh,
+        num_pages: int,
+        check: Callable[[Request], None],
+        decoder: TokenDecoder | None,
+        idle_wait_s: float = IDLE_WAIT_S,
+    ) -> None:
+        self._mesh = mesh
+        self._num_pages = num_pages
         self._check = check
         self._decoder = decoder
-        self._balancer = GroupBalancer(num_groups)
+        self._idle_wait_s = idle_wait_s
+        self._balancer = GroupBalancer(mesh.dp)
         self._wake = threading.Condition()
-        self._commands = Commands()
+        self._queued = _Queued()
         self._live: dict[int, tuple[RequestHandle, Completion]] = {}
         self._next_id = 0
         self._load_waiters: list[queue.SimpleQueue[LoadReport | None]] = []
         self._failure: BaseException | None = None
         self._closed = False
-        self.num_steps = 0
-        self.busy_s = 0.0
-        """Time in steps that ran the model."""
+        self._started = self._step_began = time.monotonic()
+        self._counts = _Counts(groups=(SchedulerStats(0, 0, 0, num_pages, 0, 0, 0),) * mesh.dp)
+        self._rate = TokenRate()
 
     # Any thread
 
     def submit(
-        self,
-        prompt: str | None,
-        token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        cache_salt: str = "",
-        stream: bool = False,
-    ) -> RequestHandle:
-        """Queue one prompt (params.n completions of it); RequestError where it could never run."""
+        self, submissions: Sequence[Submission], *, stream: bool = False, deliver: Deliver | None = None
+    ) -> list[RequestHandle]:
+        """Queue all of them for the same step, or none: RequestError where one could never run."""
         with self._wake:
             self._raise_if_ended()
-            handle = RequestHandle(self._next_id, prompt, token_ids, stream=stream)
-            requests = [
-                Request(self._next_id + index, tuple(token_ids), own, cache_salt)
-                for index, own in enumerate(params.completions())
-            ]
-            for request in requests:
-                self._check(request)
-            self._next_id += len(requests)
-            if params.prompt_logprobs is not None:
-                handle.prompt_logprobs = [None]
-            add = {group: list(queued) for group, queued in self._commands.add.items()}
-            for index, request in enumerate(requests):
-                group = self._balancer.assign(len(request.prompt_token_ids) + (request.params.max_tokens or 0))
-                text = None if self._decoder is None else Detokenizer(self._decoder, request.params, token_ids)
-                logprobs: list[PositionLogprobs] | None = None if params.logprobs is None else []
-                completion = Completion(index, request, group, text, logprobs=logprobs)
-                handle.completions.append(completion)
-                self._live[request.id] = (handle, completion)
-                add.setdefault(group, []).append(request)
-            self._commands = replace(self._commands, add=add)
+            prepared = []
+            number = self._next_id
+            for index, submission in enumerate(submissions):
+                try:
+                    requests = self._requests(submission, number)
+                except RequestError as error:
+                    raise RequestError(f"prompt {index}: {error}" if len(submissions) > 1 else str(error)) from None
+                prepared.append((submission, requests))
+                number += len(requests)
+            self._next_id = number
+            handles = [self._enqueue(own, requests, stream, deliver) for own, requests in prepared]
             self._wake.notify()
-        return handle
+        return handles
 
     def abort(self, handle: RequestHandle) -> None:
         """End a request; its completions finish with "abort". Nothing happens where it has finished."""
         with self._wake:
+            if handle.finished:
+                return
             for completion in handle.completions:
                 if completion.finish_reason is None:
-                    self._abort(completion)
-                    completion.finish_reason = "abort"
-            self._publish(handle)
+                    self._tell_group_to_abort(completion)
+            handle.abort(time.monotonic())
+            self._release(handle)
+            handle.publish()
             self._wake.notify()
 
     def load(self) -> LoadReport:
@@ -158,49 +116,86 @@ class RequestOwner:
         with self._wake:
             self._raise_if_ended()
             self._load_waiters.append(waiter)
-            self._commands = replace(self._commands, report=True)
+            self._queued.report = True
             self._wake.notify()
         report = waiter.get()
         if report is None:
             self._raise_if_ended()
-            raise EngineClosedError("the engine was closed while its load was asked for.")
+        assert report is not None, "only an engine that has ended answers nothing"
         return report
+
+    def snapshot(self) -> EngineSnapshot:
+        """The engine as it is now; also after its end."""
+        with self._wake:
+            now, counts = time.monotonic(), self._counts
+            state: EngineState = "failed" if self._failure else "closed" if self._closed else "running"
+            return EngineSnapshot(
+                mesh=self._mesh,
+                state=state,
+                step=counts.steps,
+                phase=counts.phase,
+                groups=counts.groups,
+                num_pages=self._num_pages,
+                num_live_requests=len({handle.number for handle, _ in self._live.values()}),
+                num_finished_requests=counts.finished,
+                num_prompt_tokens=counts.prompt_tokens,
+                num_output_tokens=counts.output_tokens,
+                uptime_s=now - self._started,
+                busy_s=counts.busy_s,
+                last_step_s=counts.last_step_s,
+                output_tokens_per_s=self._rate.per_second(now),
+            )
+
+    @property
+    def num_steps(self) -> int:
+        return self._counts.steps
 
     def close(self) -> None:
         """Let the engine take its last step. Requests that still run finish with "abort"."""
+        self._closed = True  # before the lock: enough by itself, at the latest after the idle wait
         with self._wake:
-            if not self._closed:
-                self._closed = True
-                for _, completion in self._live.values():
-                    self._abort(completion)
-                self._commands = replace(self._commands, stop=True)
-                self._wake.notify()
+            self._wake.notify()
 
     # The engine's thread
 
     def commands(self, *, idle: bool) -> bytes:
         with self._wake:
-            if idle and self._commands.empty:
-                self._wake.wait(IDLE_WAIT_S)
-            commands, self._commands = self._commands, Commands()
-        return commands.encode()
+            queued = self._queued
+            if idle and not (queued.add or queued.abort or queued.report or self._closed):
+                self._wake.wait(self._idle_wait_s)
+            queued, self._queued = self._queued, _Queued()
+            stop = self._closed
+            self._step_began = time.monotonic()  # the wait is no part of the step
+            if stop:  # nobody hears of another step: end what would run in it
+                for _, completion in self._live.values():
+                    queued.abort.setdefault(completion.group, []).append(completion.request.id)
+        return Commands(queued.add, queued.abort, queued.report, stop).encode()
 
     def report(self, step: StepReport) -> None:
         now = time.monotonic()
+        began = self._step_began
+        tokens = 0
         with self._wake:
-            self.num_steps += 1
-            if step.agreed.num_tokens:
-                self.busy_s += step.elapsed_s
-            if not self._commands.add:
-                self._balancer.report(step.agreed.outstanding)
-            touched: dict[int, RequestHandle] = {}
+            streams: dict[int, RequestHandle] = {}
             for result in step.results:
                 found = self._live.get(result.request_id)
-                if found is not None:
-                    self._apply(*found, result, now)
-                    touched[found[0].number] = found[0]
-            for handle in touched.values():
-                self._publish(handle)
+                if found is None:
+                    continue
+                handle, completion = found
+                if result.token_id is not None:
+                    if not completion.token_ids:
+                        self._counts.prompt_tokens += len(completion.request.prompt_token_ids)
+                    tokens += 1
+                handle.apply(completion, result, began=began, now=now, decoder=self._decoder)
+                if completion.finish_reason is not None:
+                    self._finish(handle, completion, known=result.finish_reason is not None)
+                if handle.stream:
+                    streams[handle.number] = handle
+            for handle in streams.values():
+                handle.publish()
+            if not self._queued.add:
+                self._balancer.report(step.agreed.outstanding)
+            self._count(step, tokens, began=began, now=now)
             if step.load is not None:
                 for waiter in self._load_waiters:
                     waiter.put(step.load)
@@ -208,14 +203,16 @@ class RequestOwner:
 
     def end(self, failure: BaseException | None) -> None:
         """The engine has stopped: every waiting thread is released, with the failure if there was one."""
+        now = time.monotonic()
         with self._wake:
             self._failure = failure
             self._closed = True
-            for handle, completion in list(self._live.values()):
-                handle.error = failure
-                completion.finish_reason = "abort"
-                handle.updates.put(None if failure is not None else handle.output())
+            ended = {handle.number: handle for handle, _ in self._live.values()}
             self._live.clear()
+            for handle in ended.values():
+                handle.error = failure
+                handle.abort(now)
+                handle.publish()
             for waiter in self._load_waiters:
                 waiter.put(None)
             self._load_waiters.clear()
@@ -228,61 +225,71 @@ class RequestOwner:
         if self._closed:
             raise EngineClosedError("this engine is closed. Make a new LLM.")
 
-    def _abort(self, completion: Completion) -> None:
-        abort = {group: list(ids) for group, ids in self._commands.abort.items()}
-        abort.setdefault(completion.group, []).append(completion.request.id)
-        self._commands = replace(self._commands, abort=abort)
+    def _requests(self, submission: Submission, number: int) -> list[Request]:
+        requests = []
+        for index, params in enumerate(submission.params.completions()):
+            if index and params.prompt_logprobs is not None:
+                params = replace(params, prompt_logprobs=None)  # the same for every completion: once is enough
+            requests.append(Request(number + index, tuple(submission.token_ids), params, submission.cache_salt))
+            self._check(requests[-1])
+        return requests
 
-    def _apply(self, handle: RequestHandle, completion: Completion, result: TokenResult, now: float) -> None:
-        metrics = handle.metrics
-        if metrics.scheduled_time is None:
-            metrics = replace(metrics, scheduled_time=now)
-        if handle.prompt_logprobs is not None and completion.index == 0:
-            handle.prompt_logprobs += [self._named(row) for row in result.prompt_logprobs]
-        if result.token_id is not None:
-            self._append(completion, result.token_id, result)
-            metrics = replace(
-                metrics,
-                first_token_time=now if metrics.first_token_time is None else metrics.first_token_time,
-                num_output_tokens=metrics.num_output_tokens + 1,
-            )
-        if result.finish_reason is not None and completion.finish_reason is None:
-            completion.finish_reason = result.finish_reason
-            completion.stop_reason = result.stop_reason if result.error is None else result.error
-            if completion.text is not None:
-                completion.text.finish()
-        if completion.finish_reason is not None:
-            metrics = replace(
-                metrics,
-                finish_time=now,
-                num_cached_tokens=result.num_cached_tokens,
-                num_preemptions=metrics.num_preemptions + result.num_preemptions,
-            )
-        handle.metrics = metrics
+    def _enqueue(
+        self, submission: Submission, requests: Sequence[Request], stream: bool, deliver: Deliver | None
+    ) -> RequestHandle:
+        handle = RequestHandle(
+            requests[0].id,
+            submission.prompt,
+            requests[0].prompt_token_ids,
+            submission.params,
+            stream=stream,
+            deliver=deliver,
+        )
+        for index, request in enumerate(requests):
+            group = self._balancer.assign(len(request.prompt_token_ids) + (request.params.max_tokens or 0))
+            completion = Completion(index, request, group, self._decoder, stream=stream)
+            handle.completions.append(completion)
+            self._live[request.id] = (handle, completion)
+            self._queued.add.setdefault(group, []).append(request)
+        return handle
 
-    def _append(self, completion: Completion, token: int, result: TokenResult) -> None:
-        """A token, its text and log probabilities; a stop text ends the completion and tells its group."""
-        if completion.text is not None:
-            if completion.text.stopped:
-                return
-            completion.text.append(token, is_stop_token=result.stop_reason == token)
-        completion.token_ids.append(token)
-        if completion.logprobs is not None and result.logprobs is not None:
-            completion.logprobs.append(self._named(result.logprobs))
-        if completion.text is not None and completion.text.stopped:
-            completion.finish_reason = "stop"
-            completion.stop_reason = completion.text.stop_reason
-            if result.finish_reason is None:
-                self._abort(completion)
+    def _tell_group_to_abort(self, completion: Completion) -> None:
+        self._queued.abort.setdefault(completion.group, []).append(completion.request.id)
 
-    def _named(self, row: TokenLogprobs) -> PositionLogprobs:
-        decoder = self._decoder
-        texts = {} if decoder is None else {token: decoder.decode([token], False) for token in row.token_ids}
-        return row.named(texts)
+    def _finish(self, handle: RequestHandle, completion: Completion, *, known: bool) -> None:
+        """`known`: its group ended it; else a stop text did, of which the group does not know."""
+        self._live.pop(completion.request.id, None)
+        if not known:
+            self._tell_group_to_abort(completion)
+        if handle.finished:
+            self._counts.finished += 1
+            if not handle.stream:
+                handle.publish()
 
-    def _publish(self, handle: RequestHandle) -> None:
+    def _release(self, handle: RequestHandle) -> None:
         for completion in handle.completions:
-            if completion.finish_reason is not None:
-                self._live.pop(completion.request.id, None)
-        if handle.stream or handle.finished:
-            handle.updates.put(handle.output())
+            self._live.pop(completion.request.id, None)
+        self._counts.finished += 1
+
+    def _count(self, step: StepReport, tokens: int, *, began: float, now: float) -> None:
+        counts = self._counts
+        counts.steps += 1
+        counts.phase = step.agreed.phase
+        counts.groups = step.groups
+        counts.output_tokens += tokens
+        if step.agreed.num_tokens:
+            counts.last_step_s = now - began
+            counts.busy_s += counts.last_step_s
+            self._rate.add(began, now, tokens)
+
+
+@dataclass(slots=True)
+class _Counts:
+    groups: tuple[SchedulerStats, ...]
+    steps: int = 0
+    phase: Phase = Phase.IDLE
+    finished: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    busy_s: float = 0.0
+    last_step_s: float = 0.0

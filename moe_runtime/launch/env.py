@@ -1,12 +1,16 @@
-"""The only reader of environment variables: what torchrun tells the processes that it starts."""
+"""The only user of environment variables: what torchrun tells the processes that it starts, what gloo reads."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from moe_runtime.errors import ConfigError
+
+_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,25 @@ def torchrun_env(environ: Mapping[str, str] | None = None) -> TorchrunEnv | None
         agent_store=variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         restart=_number(variables, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in variables else 0,
     )
+
+
+@contextmanager
+def gloo_on_loopback() -> Iterator[None]:
+    """Process groups made in the block listen on this machine's loopback interface only.
+
+    gloo takes its interface from the environment and offers no other way; the variable is put back afterwards.
+    """
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    before = os.environ.get(_GLOO_INTERFACE)
+    if loopback:
+        os.environ[_GLOO_INTERFACE] = loopback[0]
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[_GLOO_INTERFACE] = before
+        elif loopback:
+            del os.environ[_GLOO_INTERFACE]
 
 
 def _text(variables: Mapping[str, str], name: str) -> str:

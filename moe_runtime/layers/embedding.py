@@ -29,12 +29,7 @@ class VocabEmbedding:
         """`token_ids [N]` of the group to this rank's rows `[N/tp, H]`: exact, since one rank adds a row and the rest 0."""
         if self.tp.size == 1:
             return self.weight[token_ids]
-        local = token_ids - self.first
-        inside = (local >= 0) & (local < self.weight.shape[0])
-        rows = self.weight.new_zeros(token_ids.shape[0], self.weight.shape[1])
-        index = inside.nonzero().squeeze(1)
-        rows[index] = self.weight[local[index]]
-        return self.tp.reduce_scatter(rows)
+        return self.tp.reduce_scatter(_rows_or_zero(self.weight, token_ids - self.first))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +42,19 @@ class VocabHead:
 
     def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
         """`x [N/tp, H]` (this rank's tokens), `rows [S]` group rows to `logits [S, V] fp32`, on every tp rank."""
-        logits = self.linear(self._pick(x, rows))
         if self.tp.size == 1:
-            return logits.float()
+            return self.linear(x[rows]).float()
+        if not rows.shape[0]:
+            return x.new_zeros(0, self.vocab_size, dtype=torch.float32)
+        picked = self.tp.all_reduce(_rows_or_zero(x, rows - self.tp.rank * x.shape[0]))
+        logits = self.linear(picked)
         shards = self.tp.all_gather(logits).view(self.tp.size, *logits.shape)
         return shards.transpose(0, 1).flatten(1)[:, : self.vocab_size].float()
 
-    def _pick(self, x: Tensor, rows: Tensor) -> Tensor:
-        if self.tp.size == 1:
-            return x[rows]
-        local = rows - self.tp.rank * x.shape[0]
-        index = ((local >= 0) & (local < x.shape[0])).nonzero().squeeze(1)
-        mine = torch.zeros(rows.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
-        mine[index] = x[local[index]]
-        return self.tp.all_reduce(mine)
+
+def _rows_or_zero(table: Tensor, index: Tensor) -> Tensor:
+    """`table [v, H]` at `index [n]`, zeros where the index lies outside: summed over ranks, the row itself, exactly."""
+    if not table.shape[0]:
+        return table.new_zeros(index.shape[0], table.shape[1])
+    inside = index.clamp(0, table.shape[0] - 1)
+    return table[inside] * (inside == index).unsqueeze(1)

@@ -76,6 +76,8 @@ class MLA:
 
     def __call__(self, x: Tensor, step: StepInputs, cache: Tensor) -> Tensor:
         """`x [N/tp, H]` normed rows of this rank to `[N/tp, H]`; writes the step's latents to `cache [pages, page, C+R]`."""
+        if not step.num_rows:
+            return x  # the tp group agrees that it is idle
         group = self.tp.all_gather(x)[: step.num_tokens] if self.tp.size > 1 else x[: step.num_tokens]
         query, latent = self._project(group, step)
         cache.view(-1, cache.shape[-1]).index_copy_(0, step.cache_rows, latent.to(cache.dtype))

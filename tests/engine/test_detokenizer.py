@@ -56,6 +56,25 @@ def test_bytes_that_are_no_text_do_not_hold_everything_back() -> None:
     assert "".join(given) + decoder.finish() == Bytes().decode(ids)
 
 
+class Counting(Bytes):
+    """Remembers the longest list of tokens that it was asked to decode."""
+
+    longest = 0
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        self.longest = max(self.longest, len(ids))
+        return super().decode(ids, skip_special_tokens)
+
+
+@pytest.mark.parametrize(("ids", "longest"), [("aé€".encode() * 99, 8), (b"\xff" * 500, 65)])
+def test_the_window_stays_short(ids: bytes, longest: int) -> None:
+    counting = Counting()
+    decoder = IncrementalDecoder(counting)
+    for token in ids:
+        decoder.append(token)
+    assert counting.longest <= longest
+
+
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(
     ids=st.lists(st.sampled_from([97, 256, 257, *"é€😀".encode(), 0xFF]), max_size=40), context=st.binary(max_size=8)

@@ -98,6 +98,20 @@ def test_padded(counts: list[int], pack_slots: bool, batch_invariant: bool, dtyp
     torch.testing.assert_close(got[real].double(), want[real], atol=bound, rtol=bound)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "width"), [(13, 9), (24, 18), (24, 20), (256, 80), (200, 100)])
+@pytest.mark.parametrize("counts", [[20, 9, 0, 40], [1, 0, 0, 2], [0, 90, 0, 0, 0, 0, 0]])
+def test_every_way_of_running(counts: list[int], hidden: int, width: int, dtype: torch.dtype) -> None:
+    """Small and large slots, many and few rows, widths that grouped_mm takes and refuses."""
+    w13, w2 = weights(len(counts), hidden, width, dtype)
+    psum, rows = marks(counts)
+    x = torch.randn(rows, hidden).to(dtype)
+    want = expert_mlp_ragged_reference(x, w13, w2, psum)
+    for held in (ExpertWeights(w13, w2), prepare_experts(w13, w2)):
+        got = expert_mlp_ragged(x, held, psum=psum)
+        torch.testing.assert_close(got.double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_no_rows_at_all(slots: int, batch_invariant: bool) -> None:
@@ -115,6 +129,8 @@ def test_cut_by_hand() -> None:
     """Slots hold rows [0, 1, 2 | - | 3, 4]; blocks of 2."""
     blocks = cut(ragged_rows(torch.tensor([3, 3, 5]), 5, alignment=1), 2)
     assert blocks.slots.tolist() == [0, 0, 2]
+    assert blocks.gather is not None
+    assert blocks.back is not None
     assert blocks.gather.tolist() == [0, 1, 2, 3, 3, 4]
     assert blocks.back.tolist() == [0, 1, 2, 4, 5]
 
@@ -134,7 +150,9 @@ def test_cut_brings_every_row_back(counts: list[int], alignment: int, height: in
     blocks = cut(ragged_rows(psum, total, alignment=alignment), height)
     owners = torch.tensor(slot_of_rows(psum, total, alignment=alignment))
     real = owners >= 0
-    assert torch.equal(blocks.gather[blocks.back][real], torch.arange(total)[real])
+    places = torch.arange(total).unsqueeze(1)
+    assert torch.equal(blocks.bring_back(blocks.collect(places))[real], places[real])
+    assert blocks.back is not None
     assert torch.equal(blocks.slots[blocks.back // height][real], owners[real])
 
 

@@ -46,7 +46,9 @@ def sequences(lengths: list[int], width: int, dtype: torch.dtype) -> list[Tensor
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch_invariant", [False, True])
-@pytest.mark.parametrize("lengths", [[1], [5, 0, 17, 1], [64, 65, 130, 3, 0, 7, 7, 128, 12], [0, 0]])
+@pytest.mark.parametrize(
+    "lengths", [[1], [5, 0, 17, 1], [64, 65, 130, 3, 0, 7, 7, 128, 12], [0, 0], [9, 2100, 0, 1500, 40, 2050]]
+)
 def test_absorbed(lengths: list[int], batch_invariant: bool, dtype: torch.dtype) -> None:
     kv = paged(sequences(lengths, 20, dtype), page_size=4)
     q_latent, q_rope = torch.randn(len(lengths), 3, 14).to(dtype), torch.randn(len(lengths), 3, 6).to(dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_kernels.errors import KernelError
 from moe_kernels.grouped_gemm.eager import GATHER_MAX_BYTES
 from moe_kernels.grouped_gemm.weights import PackedSlots, SlotWeights, num_bytes
-from moe_kernels.linear.packed import PackedWeight, has_onednn, pack
+from moe_kernels.linear.packed import PackedWeight, pack, worth_packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ class ExpertWeights:
 
 
 def _packs(shape13: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
-    return has_onednn(device, dtype) and shape13[0] * shape13[1] * dtype.itemsize > GATHER_MAX_BYTES
+    small = shape13[0] * shape13[1] * dtype.itemsize <= GATHER_MAX_BYTES
+    return not small and worth_packing(shape13, dtype, device)
 
 
 def allocate_experts(

@@ -14,15 +14,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from moe_kernels.gate import GateRule
 
-_SORT_MAX_TOKENS = 4
-"""Up to here one stable sort costs less than building unique keys for top-k; 256 experts: 14 us against 20 us."""
-
 
 def top(scores: Tensor, k: int) -> Tensor:
-    """Indices `[T, k]` of the largest of `scores [T, E] fp32`, descending, ties to the lowest index."""
+    """Indices `[T, k]` of the largest of `scores [T, E] fp32`, descending, ties to the lowest index.
+
+    Top-k alone breaks ties as it likes. Few CPU tokens: look for ties, which are rare. Else: make the keys unique.
+    """
     tokens, experts = scores.shape
-    if tokens <= _SORT_MAX_TOKENS or experts <= 16:
-        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    if experts <= max(k, 16):
+        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+    if tokens <= 32 and scores.device.type == "cpu":
+        values, indices = scores.topk(k + 1, dim=-1)
+        if bool((values[:, 1:] < values[:, :-1]).all()):
+            return indices[:, :k].contiguous()
     bits = scores.view(torch.int32)
     # Integers in the order of the floats: negative ones have their magnitude bits flipped. The low half breaks ties.
     ordered = bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)
@@ -34,7 +38,14 @@ def top2_sum(grouped: Tensor) -> Tensor:
     """`grouped [T, G, E/G]` -> `[T, G]`, the sum of each group's two largest."""
     if grouped.shape[-1] == 1:
         return grouped.squeeze(-1)
-    return grouped.topk(2, dim=-1).values.sum(dim=-1)
+    if grouped.shape[0] <= 32:
+        return grouped.topk(2, dim=-1).values.sum(dim=-1)
+    # The same two values by two maxima: 0.4 ms against 2.6 ms for 1024 tokens of 256 experts.
+    first = grouped.amax(dim=-1, keepdim=True)
+    largest = grouped == first
+    second = grouped.masked_fill(largest, -torch.inf).amax(dim=-1)
+    first = first.squeeze(-1)
+    return first + torch.where(largest.sum(dim=-1) > 1, first, second)
 
 
 def gate(logits: Tensor, rule: GateRule, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,87 +1,176 @@
 """Grouped GEMM in torch. E slots, R rows, B blocks of C rows, K input width, N output width.
 
-Three ways, chosen by measurement (docs/kernels_cpu.md):
-* blocks: rows cut into blocks of equal height, weights gathered per block, one batched product. For slots so small that
-  a call costs more than copying the weight;
-* segments: one product per slot that has rows. For large slots, which are packed or multiplied in place;
-* tiles: blocks of 16 rows, one product each. The invariant mode.
+The ways to run one, chosen by measurement (docs/kernels_cpu.md):
+* `Single`: one slot, one product;
+* `Blocks`: rows cut into blocks of equal height, weights gathered per block, one batched product. For slots so small
+  that a call costs more than copying the weight;
+* `Segments`: a product per slot that has rows. For large slots, packed or not;
+* `Library`: torch's grouped_mm. For plain fp32 slots with many rows;
+* `Tiles`: blocks of 16 rows, a product each. The invariant mode.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_kernels.grouped_gemm.layout import Blocks, SlotRows, cut
 from moe_kernels.grouped_gemm.weights import PackedSlots, SlotWeights
 from moe_kernels.linear.packed import Weight, cat_rows, onednn_linear
-from moe_kernels.linear.tiles import TILE, tile_product
+from moe_kernels.linear.tiles import TILE, tile_product, tiled_linear
 
-GATHER_MAX_BYTES = 1 << 17
+GATHER_MAX_BYTES = 1 << 16
 """Largest slot (bytes of one weight) whose copy into a batched product is cheaper than a product per slot."""
 
 MAX_BLOCK = 32
 """Tallest block: more rows per block waste more padding than the saved weight copies cost."""
 
+GATHER_MAX_FP32_ROWS = 6
+"""Mean rows per slot from which fp32 runs faster without copies; bf16 has a call to save at any count."""
 
-def slot_weight(w: SlotWeights, slot: int) -> Weight:
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """One slot owns all rows."""
+
+    batch_invariant: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """`(slot, start, count)` of each slot that has rows."""
+
+    found: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """`ends [E] int32` of the slots' spans."""
+
+    ends: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Blocks of TILE rows."""
+
+    blocks: Blocks
+    slots: list[int]
+
+
+Way = Single | Segments | Library | Blocks | Tiles
+
+
+def choose(w: SlotWeights, rows: SlotRows, *, batch_invariant: bool) -> Way | None:
+    """How to multiply rows laid out like this by weights like `w`; None where no slot has rows."""
+    slots = w.shape[0]
+    if slots == 1:
+        return Single(batch_invariant)
+    total = rows.total()
+    if total == 0:
+        return None
+    if batch_invariant:
+        blocks = cut(rows, TILE)
+        return Tiles(blocks, blocks.slots.tolist())
+    if isinstance(w, PackedSlots):
+        return Segments(rows.segments())
+    active = int(rows.counts.count_nonzero())
+    mean = total / active
+    if w[0].nbytes <= GATHER_MAX_BYTES and (w.dtype is not torch.float32 or mean < GATHER_MAX_FP32_ROWS):
+        return _blocks(rows, total, mean)
+    # grouped_mm wants strides of 16 bytes (in both products of an MLP), and costs 2 us for a slot without rows.
+    fits = w.shape[1] % 8 == w.shape[2] % 4 == 0 and 4 * active > slots and rows.rows < 2 * total
+    if fits and w.dtype is torch.float32:
+        return Library((rows.starts + rows.spans).clamp_(max=rows.rows).to(torch.int32))
+    return Segments(rows.segments())
+
+
+def _blocks(rows: SlotRows, total: int, mean: float) -> Blocks:
+    """As high as the mean count, rounded up to a power of two, at most MAX_BLOCK.
+
+    Below two rows per slot every row is a block of its own, which saves the cut (60 us) and two copies of the rows.
+    """
+    if mean < 2 and rows.rows < 2 * total:
+        return Blocks(rows.slot_of_rows(), None, None, 1)
+    return cut(rows, min(1 << (math.ceil(mean) - 1).bit_length(), MAX_BLOCK))
+
+
+def collect(x: Tensor, way: Way) -> Tensor:
+    """`x [R, K]` in the order that `run` takes."""
+    match way:
+        case Blocks():
+            return way.collect(x)
+        case Tiles():
+            return way.blocks.collect(x)
+        case Single() | Segments() | Library():
+            return x
+
+
+def bring_back(y: Tensor, way: Way) -> Tensor:
+    """`run`'s result as `[R, N]`; rows that no slot owns are unspecified."""
+    match way:
+        case Blocks():
+            return way.bring_back(y)
+        case Tiles():
+            return way.blocks.bring_back(y)
+        case Single() | Segments() | Library():
+            return y
+
+
+def run(x: Tensor, w: SlotWeights, way: Way) -> Tensor:
+    """`x [.., K]` as `collect` made it -> `[.., N]`."""
+    match way:
+        case Single(batch_invariant):
+            one = _slot(w, 0)
+            return tiled_linear(x, one) if batch_invariant else _product(x, one)
+        case Segments(found):
+            return _run_segments(x, w, found)
+        case Library(ends):
+            assert isinstance(w, Tensor), "packed slots run as segments"
+            return F.grouped_mm(x, w.transpose(1, 2), offs=ends)
+        case Blocks():
+            assert isinstance(w, Tensor), "packed slots run as segments"
+            chosen = w.index_select(0, way.slots)
+            return torch.bmm(x.view(-1, way.height, x.shape[1]), chosen.transpose(1, 2)).flatten(0, 1)
+        case Tiles(_, slots):
+            tiles = zip(torch.split(x, TILE), slots, strict=True)
+            return cat_rows(tile_product(tile, _slot(w, slot)) for tile, slot in tiles)
+
+
+def grouped(x: Tensor, w: SlotWeights, rows: SlotRows, *, batch_invariant: bool) -> Tensor:
+    """`x [R, K]` -> `[R, N]`; rows that no slot owns are unspecified."""
+    way = choose(w, rows, batch_invariant=batch_invariant) if x.shape[0] else None
+    if way is None:
+        return x.new_zeros(x.shape[0], w.shape[1])
+    return bring_back(run(collect(x, way), w, way), way)
+
+
+def _slot(w: SlotWeights, slot: int) -> Weight:
     return w.parts[slot] if isinstance(w, PackedSlots) else w[slot]
 
 
-def product(x: Tensor, w: Weight) -> Tensor:
-    """`x [M, K] @ w [N, K]^T -> [M, N]`, M > 0."""
+def _product(x: Tensor, w: Weight) -> Tensor:
     return torch.mm(x, w.t()) if isinstance(w, Tensor) else onednn_linear(x, w)
 
 
-def gathers(w: SlotWeights) -> bool:
-    """Whether these weights run as blocks (else as segments)."""
-    return isinstance(w, Tensor) and w[0].nbytes <= GATHER_MAX_BYTES
-
-
-def block_height(rows: SlotRows) -> int:
-    """Rows per block: the mean count of the slots that have rows, rounded up to a power of two, at most MAX_BLOCK."""
-    active = int(rows.counts.count_nonzero())
-    mean = -(-int(rows.counts.sum()) // max(active, 1))
-    return int(min(1 << (mean - 1).bit_length(), MAX_BLOCK)) if mean > 0 else 1
-
-
-def run_blocks(x: Tensor, w: SlotWeights, blocks: Blocks, *, batch_invariant: bool) -> Tensor:
-    """`x [B * C, K]` in block order -> `[B * C, N]`."""
-    if batch_invariant:
-        slots: list[int] = blocks.slots.tolist()
-        return cat_rows(
-            tile_product(tile, slot_weight(w, slot)) for tile, slot in zip(torch.split(x, TILE), slots, strict=True)
-        )
-    assert isinstance(w, Tensor), "packed slots run as segments"
-    chosen = w.index_select(0, blocks.slots)
-    return torch.bmm(x.view(-1, blocks.height, x.shape[1]), chosen.transpose(1, 2)).flatten(0, 1)
-
-
-def run_segments(x: Tensor, w: SlotWeights, segments: list[tuple[int, int, int]]) -> Tensor:
-    """`x [R, K]` -> `[R, N]`, a product per segment; rows outside the segments are left as they are allocated."""
+def _run_segments(x: Tensor, w: SlotWeights, segments: list[tuple[int, int, int]]) -> Tensor:
+    """Rows outside the segments are left as they are allocated."""
     rows, parts, done = x.shape[0], [], 0
     for slot, start, count in segments:
         if start > done:
             parts.append(x.new_empty(start - done, w.shape[1]))
-        # More than 16 rows run as a multiple of 16 (the extra rows are those that follow, their products are dropped):
-        # oneDNN compiles a kernel per row count, which costs 0.3 ms when that count is new.
-        tall = min(-(-count // TILE) * TILE, rows - start) if count > TILE else count
-        y = product(x[start : start + tall], slot_weight(w, slot))
+        # Rounded up to 4 or 16 rows; the extra rows are those that follow, their products are dropped. oneDNN compiles
+        # a kernel per row count (0.3 ms when it is new), and 4 rows run faster than 2: 114 us against 154 us for
+        # [1024, 1024] bf16.
+        unit = TILE if count > TILE else 4
+        tall = min(-(-count // unit) * unit, rows - start)
+        y = _product(x[start : start + tall], _slot(w, slot))
         parts.append(y[:count] if tall > count else y)
         done = start + count
     if rows > done:
         parts.append(x.new_empty(rows - done, w.shape[1]))
     return cat_rows(parts)
-
-
-def grouped(x: Tensor, w: SlotWeights, rows: SlotRows, *, batch_invariant: bool) -> Tensor:
-    """`x [R, K]` -> `[R, N]`; rows that no slot owns are unspecified."""
-    if w.shape[0] == 1 and not batch_invariant:
-        return product(x, slot_weight(w, 0)) if x.shape[0] else x.new_empty(0, w.shape[1])
-    if not bool(rows.counts.any()):
-        return x.new_zeros(x.shape[0], w.shape[1])
-    if not batch_invariant and not gathers(w):
-        return run_segments(x, w, rows.segments())
-    blocks = cut(rows, TILE if batch_invariant else block_height(rows))
-    y = run_blocks(x.index_select(0, blocks.gather), w, blocks, batch_invariant=batch_invariant)
-    return y.index_select(0, blocks.back)

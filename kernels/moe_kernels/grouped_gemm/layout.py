@@ -10,13 +10,25 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SlotRows:
-    """Rows of slot e: `starts[e] .. starts[e] + counts[e]`, of `rows` rows in all; slot e owns `spans[e]` rows with its
-    gap. All `[E] int64`."""
+    """Rows of slot e: `starts[e] .. starts[e] + counts[e]` of `rows` in all; it owns `spans[e]` rows with its gap.
+
+    `[E] int64` each.
+    """
 
     starts: Tensor
     counts: Tensor
     spans: Tensor
     rows: int
+
+    def total(self) -> int:
+        """Rows that are real (waits for the device)."""
+        return int(self.counts.sum())
+
+    def slot_of_rows(self) -> Tensor:
+        """`[R] int64`: the slot that owns each row or the gap it is in; the last one for rows past the end."""
+        ends = self.starts + self.spans
+        places = torch.arange(self.rows, device=ends.device)
+        return torch.searchsorted(ends, places, right=True).clamp_(max=ends.shape[0] - 1)
 
     def segments(self) -> list[tuple[int, int, int]]:
         """`(slot, start, count)` of every slot that has rows."""
@@ -27,16 +39,19 @@ class SlotRows:
 def ragged_rows(psum: Tensor, rows: int, *, alignment: int) -> SlotRows:
     """Rows of slot e lie from `psum[e-1]` rounded up to `alignment` to `psum[e]`."""
     ends = psum.long()
-    nexts = ends if alignment == 1 else (ends + (alignment - 1)).div_(alignment, rounding_mode="floor").mul_(alignment)
+    nexts = ends
+    if alignment > 1:
+        nexts = (ends + (alignment - 1)).div_(alignment, rounding_mode="floor").mul_(alignment)
     starts = torch.cat((ends.new_zeros(1), nexts[:-1]))
-    return SlotRows(starts, ends - starts, nexts - starts, rows)
+    counts = ends - starts
+    return SlotRows(starts, counts, counts if alignment == 1 else nexts - starts, rows)
 
 
 def padded_rows(counts: Tensor, capacity: int) -> SlotRows:
     """Slot e owns rows `e * capacity .. (e + 1) * capacity`."""
     slots = counts.shape[0]
-    starts = torch.arange(0, slots * capacity, capacity, device=counts.device) if capacity else counts.long() * 0
-    return SlotRows(starts, counts.long(), torch.full_like(starts, capacity), slots * capacity)
+    spans = torch.full((slots,), capacity, device=counts.device)
+    return SlotRows(torch.arange(slots, device=counts.device) * capacity, counts.long(), spans, slots * capacity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +60,33 @@ class Blocks:
 
     `slots [B]`; `gather [B * height]` picks the blocks' rows out of the R rows (a short block is filled with whatever
     rows follow: their products are thrown away); `back [R]` picks each row's result out of the blocks' results.
+    Both are None where the blocks are the rows as they lie.
     """
 
     slots: Tensor
-    gather: Tensor
-    back: Tensor
+    gather: Tensor | None
+    back: Tensor | None
     height: int
+
+    def collect(self, x: Tensor) -> Tensor:
+        """`x [R, K]` -> `[B * height, K]`."""
+        return x if self.gather is None else x.index_select(0, self.gather)
+
+    def bring_back(self, y: Tensor) -> Tensor:
+        """`y [B * height, N]` -> `[R, N]`."""
+        return y if self.back is None else y.index_select(0, self.back)
 
 
 def cut(rows: SlotRows, height: int) -> Blocks:
-    """Cut every slot's rows into blocks of `height`. At least one row must be there."""
+    """Cut every slot's rows into blocks of `height`, a power of two. At least one row must be there."""
     device = rows.counts.device
-    per_slot = (rows.counts + (height - 1)).div_(height, rounding_mode="floor")
-    ends = per_slot.cumsum(0)
-    shift = rows.starts - (ends - per_slot) * height
+    per_slot = rows.counts + (height - 1) >> height.bit_length() - 1
+    before = per_slot.cumsum(0).sub_(per_slot)
+    shift = rows.starts - before.mul_(height)
     slots = torch.repeat_interleave(per_slot)
     total = slots.shape[0] * height
     gather = torch.arange(total, device=device).view(-1, height).add_(shift.index_select(0, slots).unsqueeze(1))
-    back = torch.repeat_interleave(shift, rows.spans).neg_()
-    if back.shape[0] < rows.rows:
-        back = torch.cat((back, back.new_zeros(rows.rows - back.shape[0])))
-    back = back.add_(torch.arange(rows.rows, device=device)).clamp_(0, total - 1)
-    return Blocks(slots, gather.view(-1).clamp_(max=rows.rows - 1), back, height)
+    back = torch.arange(rows.rows, device=device)
+    owned = torch.repeat_interleave(shift, rows.spans)[: rows.rows]
+    back[: owned.shape[0]].sub_(owned)
+    return Blocks(slots, gather.view(-1).clamp_(max=rows.rows - 1), back.clamp_(0, total - 1), height)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_kernels.linear.packed import PackedWeight, Weight, cat_rows, has_onednn, onednn_linear
 
@@ -27,7 +28,8 @@ def tiled_linear(x: Tensor, w: Weight) -> Tensor:
     if rows == 0:
         return x.new_empty(0, w.shape[0])
     short = -rows % TILE
-    if short:
-        x = torch.cat((x, x.new_zeros(short, x.shape[1])))
-    out = cat_rows(tile_product(tile, w) for tile in torch.split(x.contiguous(), TILE))
-    return out[:rows] if short else out
+    x = F.pad(x, (0, 0, 0, short)) if short else x.contiguous()
+    if rows <= TILE:
+        return tile_product(x, w)[:rows]
+    out = cat_rows([tile_product(tile, w) for tile in torch.split(x, TILE)])
+    return out[:rows]

@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_kernels.errors import KernelError
-from moe_kernels.mla.plan import BLOCK, GROUP, AbsorbedPlan, plan_absorbed
+from moe_kernels.mla.plan import BLOCK, GROUP, AbsorbedPart, AbsorbedPlan, plan_absorbed
+
+_FP32_ELEMENTS = 1 << 18
+"""Up to this many gathered values CPU products run in fp32: a bf16 one costs 15 us however small."""
 
 
 def mla_absorbed(
@@ -41,61 +44,53 @@ def mla_absorbed(
         plan = plan_absorbed(page_table, kv_lens, page_size=cache.shape[1], batch_invariant=batch_invariant)
     if plan.blocked != batch_invariant:
         raise KernelError(f"mla_absorbed got batch_invariant={batch_invariant} and a plan made for {plan.blocked}")
-    if plan.rows.shape[1] == 0 or not plan.lengths:
+    if not plan.parts:
         return torch.zeros_like(q_latent)
     query = torch.cat((q_latent, q_rope), dim=-1)
-    core = _blocked if batch_invariant else _whole
-    out = core(query, cache.flatten(0, 1), plan, scale)[..., : q_latent.shape[-1]]
-    if min(plan.lengths) > 0:
-        return out
-    return out.masked_fill(plan.hidden[: out.shape[0], :1].unsqueeze(-1), 0.0)
+    if plan.order is not None:
+        query = query.index_select(0, plan.order)
+    core, rows = (_blocked if batch_invariant else _whole), cache.flatten(0, 1)
+    outs = [core(query[part.first : part.first + part.count], rows, part, scale) for part in plan.parts]
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    if plan.empty is not None:
+        out = out.masked_fill(plan.empty, 0.0)
+    if plan.back is not None:
+        out = out.index_select(0, plan.back)
+    return out[..., : q_latent.shape[-1]]
 
 
-def _whole(query: Tensor, cache: Tensor, plan: AbsorbedPlan, scale: float) -> Tensor:
-    """`query [T, h, D]` -> `[T, h, D]`, each token's rows side by side."""
-    tokens, length = plan.rows.shape
-    rows = cache.index_select(0, plan.rows.view(-1)).view(tokens, length, cache.shape[1])
-    scores = torch.bmm(query, rows.transpose(1, 2)).float()
-    scores = scores.mul_(scale).masked_fill_(plan.hidden.unsqueeze(1), -torch.inf)
-    return torch.bmm(torch.softmax(scores, dim=-1).to(rows.dtype), rows)
+def _whole(query: Tensor, cache: Tensor, part: AbsorbedPart, scale: float) -> Tensor:
+    """`query [t, h, D]` -> `[t, h, D]`, each token's rows side by side."""
+    rows = cache.index_select(0, part.rows.view(-1)).view(*part.rows.shape, cache.shape[1])
+    if query.device.type == "cpu" and rows.numel() <= _FP32_ELEMENTS:
+        wide = rows.float()
+        scores = torch.baddbmm(part.bias, query.float(), wide.transpose(1, 2), alpha=scale)
+        return torch.bmm(scores.softmax(dim=-1), wide).to(query.dtype)
+    scores = torch.baddbmm(part.bias.to(query.dtype), query, rows.transpose(1, 2), alpha=scale)
+    return torch.bmm(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), rows)
 
 
-def _blocked(query: Tensor, cache: Tensor, plan: AbsorbedPlan, scale: float) -> Tensor:
-    """As `_whole` in fp32, GROUP tokens and BLOCK rows at a time, each product of one shape and aligned alike.
+def _blocked(query: Tensor, cache: Tensor, part: AbsorbedPart, scale: float) -> Tensor:
+    """As `_whole` in fp32, BLOCK rows at a time of GROUP tokens, each product of one shape and aligned alike.
 
     A block past a token's length leaves its maximum, sum and output as they are, bit for bit.
     """
-    tokens, _, width = query.shape
+    count, _, width = query.shape
     extra = -width % 16  # a row of 16 floats is one aligned cache line
-    padded = F.pad(query.float(), (0, extra, 0, 0, 0, plan.rows.shape[0] - tokens))
-    out = torch.empty_like(padded)
-    for first in range(0, tokens, GROUP):
-        group = slice(first, first + GROUP)
-        longest = max(plan.lengths[group])
-        out[group] = _attend_group(padded[group], cache, plan.rows[group], plan.hidden[group], longest, scale)
-    return out[:tokens].to(query.dtype)
-
-
-def _attend_group(query: Tensor, cache: Tensor, rows: Tensor, hidden: Tensor, longest: int, scale: float) -> Tensor:
-    """`query [GROUP, h, D'] fp32`, `rows, hidden [GROUP, L]` -> `[GROUP, h, D'] fp32`."""
-    peak = query.new_full((*query.shape[:2], 1), -torch.inf)
-    total = torch.zeros_like(peak)
-    out = torch.zeros_like(query)
-    for start in range(0, max(longest, 1), BLOCK):
+    wide = F.pad(query.float(), (0, extra, 0, 0, 0, GROUP - count))
+    peak = wide.new_full((GROUP, wide.shape[1], 1), -torch.inf)
+    total, out = torch.zeros_like(peak), torch.zeros_like(wide)
+    for start in range(0, part.rows.shape[1], BLOCK):
         here = slice(start, start + BLOCK)
-        block = cache.index_select(0, rows[:, here].reshape(-1)).float().view(GROUP, BLOCK, cache.shape[1])
-        if block.shape[2] < query.shape[2]:
-            block = F.pad(block, (0, query.shape[2] - block.shape[2]))
-        scores = torch.bmm(query, block.transpose(1, 2)).mul_(scale)
-        # The first row of the first block always counts, so that an empty sequence has a finite maximum.
-        mask = hidden[:, here].clone()
-        if start == 0:
-            mask[:, 0] = False
-        scores = scores.masked_fill_(mask.unsqueeze(1), -torch.inf)
+        block = cache.index_select(0, part.rows[:, here].reshape(-1)).float().view(GROUP, BLOCK, width)
+        if extra:
+            block = F.pad(block, (0, extra))
+        scores = torch.bmm(wide, block.transpose(1, 2)).mul_(scale).add_(part.bias[..., here])
         new_peak = torch.maximum(peak, scores.amax(dim=-1, keepdim=True))
         probs = scores.sub_(new_peak).exp_()
         decay = peak.sub_(new_peak).exp_()
         total = total.mul_(decay).add_(probs.sum(dim=-1, keepdim=True))
         out = out.mul_(decay).add_(torch.bmm(probs, block))
         peak = new_peak
-    return out.div_(total).add_(0.0)  # -0.0 becomes 0.0, as an extra block would make it
+    out = out.div_(total).add_(0.0)  # -0.0 becomes 0.0, as one more block would make it
+    return out[:count, :, :width].to(query.dtype)

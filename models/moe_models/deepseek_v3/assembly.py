@@ -140,7 +140,11 @@ class Assembly:
         names = ["kv_a_proj_with_mqa"] if config.q_lora_rank is None else ["q_a_proj", "kv_a_proj_with_mqa"]
         down = torch.cat([read(f"{prefix}{name}.weight") for name in names])
         bias = torch.cat([read(f"{prefix}{name}.bias") for name in names]) if config.attention_bias else None
-        query = "q_proj" if config.q_lora_rank is None else "q_b_proj"
+        query = read(f"{prefix}{'q_proj' if config.q_lora_rank is None else 'q_b_proj'}.weight", query_rows)
+        if not config.rope_interleave:
+            rope = config.qk_rope_head_dim
+            down, bias = pair_up(down, rope), None if bias is None else pair_up(bias, rope)
+            query = torch.cat([pair_up(head, rope) for head in query.chunk(shape.num_heads)])
         up_width = config.qk_nope_head_dim + config.v_head_dim
         up = read(f"{prefix}kv_b_proj.weight", (head_rows(up_width), every)).view(shape.num_heads, up_width, -1)
         key_up = up[:, : config.qk_nope_head_dim].contiguous()
@@ -148,7 +152,7 @@ class Assembly:
         return MLAWeights(
             down=self._linear(down, bias),
             q_norm=None if config.q_lora_rank is None else read(f"{prefix}q_a_layernorm.weight"),
-            q=self._linear(read(f"{prefix}{query}.weight", query_rows)),
+            q=self._linear(query),
             kv_norm=read(f"{prefix}kv_a_layernorm.weight"),
             key_up=key_up,
             key_up_transposed=transposed.contiguous() if self.batch_invariant else transposed,
@@ -234,6 +238,13 @@ class Assembly:
     def _rows(self, name: str, first: int, last: int) -> Tensor:
         region = (slice(first, last), slice(None))
         return self.source.shared((name, first, last), lambda: self.source.read(name, region))
+
+
+def pair_up(rows: Tensor, rope: int) -> Tensor:
+    """`rows [N, ...]`: the last `rope` ones, stored as all first components of the rotary pairs, then all second ones,
+    in the interleaved order that `apply_rope` takes."""
+    first, second = rows[-rope:].chunk(2)
+    return torch.cat((rows[:-rope], torch.stack((first, second), dim=1).flatten(0, 1)))
 
 
 def gate_rule(config: ModelConfig) -> GateRule:

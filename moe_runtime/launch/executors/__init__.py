@@ -19,9 +19,9 @@ def start_executor(
 
             return VirtualExecutor(parts, owner, on_progress=on_progress)
         case "process":
-            from moe_runtime.launch.executors.process import ProcessExecutor
+            from moe_runtime.launch.executors.process import start_processes
 
-            return ProcessExecutor(composed, parts, owner, on_progress=on_progress)
+            return start_processes(composed, parts, owner, on_progress=on_progress)
         case "torchrun":
             from moe_runtime.launch.executors.torchrun import torchrun_rank
 

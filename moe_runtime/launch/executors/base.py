@@ -14,5 +14,9 @@ class Executor(Protocol):
     def serve(self) -> None:
         """Where `serves_only`: run this process's rank until the owner stops."""
 
-    def close(self) -> None:
-        """Wait for the last step (the owner was told to stop) and release everything. Idempotent."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Wait for the last step (the owner was told to stop) and for the release of everything. Idempotent.
+
+        `error`: this process's program has failed; where `serves_only`, the other ranks are told instead of served.
+        Does not wait where it is called on a thread that the executor itself waits for.
+        """

@@ -3,78 +3,80 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from moe_runtime.comm.process import Process
 from moe_runtime.comm.torch_dist import torch_dist_groups
 from moe_runtime.engine.engine import RankEngine
 from moe_runtime.engine.owner import RequestOwner
-from moe_runtime.errors import CheckpointError, ConfigError, MoeRuntimeError
+from moe_runtime.errors import ConfigError
 from moe_runtime.launch.build import OnProgress, ProcessParts, build_engine
+from moe_runtime.launch.executors.threads import torch_threads
+from moe_runtime.launch.wire import decode_error, encode_error
 from moe_runtime.parallel.mesh import ProcessMesh
 
 
-class RankExecutor:
-    """Builds this process's rank; all ranks agree that every one is loaded before any runs."""
+class Rank:
+    """This process's rank, loaded; all ranks agree that every one is loaded before any runs.
+
+    `open_parts` is part of loading, so its errors too are told to all. Raises the error of the first rank that failed,
+    on every rank. `close` or `serve` it in every case.
+    """
 
     def __init__(
-        self, parts: ProcessParts, process: Process, *, owner: RequestOwner | None, on_progress: OnProgress
+        self,
+        open_parts: Callable[[], ProcessParts],
+        process: Process,
+        *,
+        mesh: ProcessMesh,
+        owner: RequestOwner | None,
+        num_threads: int,
+        on_progress: OnProgress,
     ) -> None:
         self._process = process
-        self._owner = owner
-        self._thread: threading.Thread | None = None
+        self._num_threads = num_threads
         self._engine: RankEngine | None = None
         try:
-            self._engine = self._build(parts, on_progress)
+            self._engine = self._load(open_parts, mesh, owner, on_progress)
         except BaseException as error:
             process.close(error)
             raise
-        if owner is not None:
-            self._thread = threading.Thread(target=self._run, args=(owner,), name="engine", daemon=True)
-            self._thread.start()
 
-    @property
-    def serves_only(self) -> bool:
-        return self._owner is None
-
-    def _build(self, parts: ProcessParts, on_progress: OnProgress) -> RankEngine:
-        config = parts.config
-        mesh = ProcessMesh(
-            pp=config.pp, dp=config.dp, tp=config.tp, rank=self._process.rank, ranks_per_node=config.ranks_per_node
-        )
+    def _load(
+        self,
+        open_parts: Callable[[], ProcessParts],
+        mesh: ProcessMesh,
+        owner: RequestOwner | None,
+        on_progress: OnProgress,
+    ) -> RankEngine:
         groups = torch_dist_groups(mesh, self._process)
-        engine, failure = None, ""
+        engine: RankEngine | None = None
+        failure: Exception | None = None
         try:
             with torch.inference_mode():
-                engine = build_engine(parts, mesh, groups, owner=self._owner, on_progress=on_progress)
-        except (MoeRuntimeError, OSError, MemoryError) as error:
-            failure = f"{type(error).__name__}: {error}"
-            if isinstance(error, CheckpointError | ConfigError):
-                failure = str(error)
-        failures = [text.decode() for text in groups.world.collect(failure.encode())]
-        failed = [(rank, text) for rank, text in enumerate(failures) if text]
-        if failed or engine is None:
-            rank, text = failed[0]
-            more = f" ({len(failed) - 1} more ranks failed)" if len(failed) > 1 else ""
-            raise CheckpointError(f"rank {rank} could not load its part{more}: {text}")
+                engine = build_engine(open_parts(), mesh, groups, owner=owner, on_progress=on_progress)
+        except Exception as error:  # noqa: BLE001 - whatever it is, every rank must hear of it
+            failure = error
+        told = groups.world.collect(b"" if failure is None else encode_error(failure).encode())
+        failed = [rank for rank, payload in enumerate(told) if payload]
+        if engine is None or failed:
+            first = decode_error(told[failed[0]])
+            more = f" ({len(failed) - 1} more ranks failed too)" if len(failed) > 1 else ""
+            raise type(first)(f"rank {failed[0]} could not load its part{more}: {first}") from failure
         return engine
 
-    def _run(self, owner: RequestOwner) -> None:
-        failure: BaseException | None = None
-        try:
-            self.serve()
-        except BaseException as error:  # noqa: BLE001 - handed to every thread that waits for a result
-            failure = error
-        owner.end(failure)
-
     def serve(self) -> None:
+        """Run until the owner stops; the second time, return at once."""
         engine, self._engine = self._engine, None
         if engine is None:
-            return  # served before: the owner has stopped
+            return
         failure: BaseException | None = None
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), torch_threads(self._num_threads):
                 engine.serve()
                 engine.groups.world.barrier()
         except BaseException as error:
@@ -83,8 +85,72 @@ class RankExecutor:
         finally:
             self._process.close(failure)
 
-    def close(self) -> None:
-        if self._thread is not None:
+    def leave(self, error: BaseException) -> None:
+        """Leave without serving; the others learn why."""
+        if self._engine is not None:
+            self._engine = None
+            self._process.close(error)
+
+
+class Peers(Protocol):
+    """The processes of the other ranks, where this one started them."""
+
+    def explain(self, failure: BaseException) -> BaseException:
+        """The failure, with what is known of processes that have ended."""
+
+    def end(self) -> None: ...
+
+
+class OwnerExecutor:
+    """Rank 0: its engine runs on a thread of its own, which also cleans up when it ends."""
+
+    serves_only = False
+
+    def __init__(self, rank: Rank, owner: RequestOwner, *, peers: Peers | None = None) -> None:
+        self._thread = threading.Thread(target=_run, args=(rank, owner, peers), name="engine", daemon=True)
+        self._thread.start()
+
+    def serve(self) -> None:
+        raise AssertionError("rank 0 owns the requests")
+
+    def close(self, error: BaseException | None = None) -> None:
+        if threading.current_thread() is not self._thread:
             self._thread.join()
-        elif self._engine is not None:
-            self.serve()  # a rank that nobody asked to generate still serves the owner
+
+
+def _run(rank: Rank, owner: RequestOwner, peers: Peers | None) -> None:
+    failure: BaseException | None = None
+    try:
+        rank.serve()
+    except BaseException as error:  # noqa: BLE001 - handed to every thread that waits for a result
+        failure = error if peers is None else peers.explain(error)
+    owner.end(failure)
+    if peers is not None:
+        peers.end()
+
+
+class ServingExecutor:
+    """Every other rank: serves on the thread that asks, at the latest the one that closes."""
+
+    serves_only = True
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+
+    def serve(self) -> None:
+        self._rank.serve()
+
+    def close(self, error: BaseException | None = None) -> None:
+        if error is None:
+            self._rank.serve()
+        else:
+            self._rank.leave(error)
+
+
+def check_free() -> None:
+    """ConfigError where this process already takes part in a torch.distributed run."""
+    if dist.is_initialized():
+        raise ConfigError(
+            "torch.distributed is already initialised in this process, by another LLM or by the program. "
+            "Close that first, or use launcher=virtual."
+        )

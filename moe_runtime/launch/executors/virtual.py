@@ -3,65 +3,71 @@
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager
 
 from moe_runtime.comm.virtual import VirtualCluster, virtual_groups
-from moe_runtime.config import RuntimeConfig
 from moe_runtime.engine.engine import RankEngine
 from moe_runtime.engine.owner import RequestOwner
 from moe_runtime.launch.build import OnProgress, ProcessParts, build_engine
+from moe_runtime.launch.executors.threads import threads_of_virtual_ranks, torch_threads
 from moe_runtime.parallel.mesh import ProcessMesh
-
-SMALL_OPS_FROM = 8
-"""Virtual ranks from which on one thread is faster: each rank's operations are too small to split."""
-
-
-def _num_threads(config: RuntimeConfig) -> int | None:
-    """One thread in batch-invariant mode (sums depend on the number of threads) and where ranks are many."""
-    if config.engine.batch_invariant:
-        return 1
-    return config.num_threads or (1 if config.ep >= SMALL_OPS_FROM else None)
 
 
 class VirtualExecutor:
-    """Builds every rank's engine and runs them until the owner stops."""
+    """Builds every rank's engine and runs them until the owner stops; the thread that runs them cleans up."""
 
     serves_only = False
 
     def __init__(self, parts: ProcessParts, owner: RequestOwner, *, on_progress: OnProgress) -> None:
         config = parts.config
-        self._owner = owner
-        self._cluster = VirtualCluster(config.pp * config.ep, num_threads=_num_threads(config))
+        cluster = VirtualCluster(config.pp * config.ep)
+        threads = torch_threads(threads_of_virtual_ranks(config))
         try:
-            self._engines = self._cluster.call(lambda: self._build(parts, on_progress))
+            cluster_thread = cluster.call(threading.current_thread)
+            cluster.call(threads.__enter__)
+            engines = cluster.call(lambda: _build(cluster, parts, owner, on_progress))
         except BaseException:
-            self._cluster.close()
+            _leave(cluster, threads)
             raise
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-
-    def _build(self, parts: ProcessParts, on_progress: OnProgress) -> list[RankEngine]:
-        config = parts.config
-        mesh = {"pp": config.pp, "dp": config.dp, "tp": config.tp, "ranks_per_node": config.ranks_per_node}
-        groups = virtual_groups(
-            self._cluster, config.pp, dp=config.dp, tp=config.tp, ranks_per_node=config.ranks_per_node
+        self._thread = threading.Thread(
+            target=_run, args=(cluster, threads, engines, owner), name="engine", daemon=True
         )
-        return [
-            build_engine(parts, rank, own, owner=self._owner if rank.rank == 0 else None, on_progress=on_progress)
-            for rank, own in zip(ProcessMesh.enumerate(**mesh), groups, strict=True)
-        ]
-
-    def _run(self) -> None:
-        failure: BaseException | None = None
-        try:
-            self._cluster.run(lambda rank: self._engines[rank].serve())
-        except BaseException as error:  # noqa: BLE001 - handed to every thread that waits for a result
-            failure = error
-        self._owner.end(failure)
+        self._threads = (self._thread, cluster_thread)
+        self._thread.start()
 
     def serve(self) -> None:
         raise AssertionError("the owner's process has nothing to serve")
 
-    def close(self) -> None:
-        self._thread.join()
-        self._engines = []
-        self._cluster.close()
+    def close(self, error: BaseException | None = None) -> None:
+        if threading.current_thread() not in self._threads:
+            self._thread.join()
+
+
+def _build(
+    cluster: VirtualCluster, parts: ProcessParts, owner: RequestOwner, on_progress: OnProgress
+) -> list[RankEngine]:
+    config = parts.config
+    mesh = {"pp": config.pp, "dp": config.dp, "tp": config.tp, "ranks_per_node": config.ranks_per_node}
+    groups = virtual_groups(cluster, config.pp, dp=config.dp, tp=config.tp, ranks_per_node=config.ranks_per_node)
+    return [
+        build_engine(parts, rank, own, owner=owner if rank.rank == 0 else None, on_progress=on_progress)
+        for rank, own in zip(ProcessMesh.enumerate(**mesh), groups, strict=True)
+    ]
+
+
+def _run(
+    cluster: VirtualCluster, threads: AbstractContextManager[None], engines: list[RankEngine], owner: RequestOwner
+) -> None:
+    failure: BaseException | None = None
+    try:
+        cluster.run(lambda rank: engines[rank].serve())
+    except BaseException as error:  # noqa: BLE001 - handed to every thread that waits for a result
+        failure = error
+    owner.end(failure)
+    engines.clear()
+    _leave(cluster, threads)
+
+
+def _leave(cluster: VirtualCluster, threads: AbstractContextManager[None]) -> None:
+    cluster.call(lambda: threads.__exit__(None, None, None))
+    cluster.close()

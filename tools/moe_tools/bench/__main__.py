@@ -1,0 +1,24 @@
+"""Entry of `python -m moe_tools.bench`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the benchmark that the first word names."""
+    match sys.argv[1:]:
+        case ["throughput", *rest]:
+            from moe_tools.bench.throughput import main as run
+
+            run(rest)
+        case ["ranks", *rest]:
+            from moe_tools.bench.ranks import main as run_ranks
+
+            run_ranks(rest)
+        case words:
+            raise SystemExit(f"python -m moe_tools.bench throughput|ranks …: {' '.join(words) or 'nothing'} given")
+
+
+if __name__ == "__main__":
+    main()
