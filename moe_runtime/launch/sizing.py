@@ -21,19 +21,34 @@ from moe_runtime.layers.embedding import vocab_shard
 from moe_runtime.parallel.mesh import ProcessMesh
 
 FP32_BYTES = 4
+SMALL_MODEL_BYTES = 2**30
+"""Weights in fp32 up to which `dtype=auto` computes in fp32 on a CPU."""
 AUTO_KV_BYTES = 2**30
 """What engine.kv_cache_bytes=null takes at most, for all ranks of one process together."""
 
 
 def compute_dtype(config: RuntimeConfig, model: ModelConfig) -> torch.dtype:
-    """The dtype of activations and weights; `auto` is the checkpoint's, and bfloat16 where that is stored as fp16."""
+    """The dtype of activations and weights.
+
+    `auto` is the checkpoint's (bfloat16 where that is fp16), but fp32 for small models on a CPU: with one or two rows per
+    expert, fp32 products are the faster ones there (320 virtual ranks of the demo model: 0.97 s a step against 1.1).
+    """
     match config.dtype:
         case "float32":
             return torch.float32
         case "bfloat16":
             return torch.bfloat16
         case "auto":
-            return torch.float32 if model.torch_dtype == torch.float32 else torch.bfloat16
+            if model.torch_dtype == torch.float32 or (config.device == "cpu" and _is_small(model)):
+                return torch.float32
+            return torch.bfloat16
+
+
+def _is_small(model: ModelConfig) -> bool:
+    whole = weight_bytes(
+        model, ProcessMesh(), num_local_slots=model.n_routed_experts, shared="replicated", itemsize=FP32_BYTES
+    )
+    return whole.total <= SMALL_MODEL_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from moe_kernels.experts import ExpertWeights, expert_mlp_ragged, prepare_experts
@@ -49,7 +49,7 @@ class Model:
     """copies of the weights that a run cycles over"""
 
 
-MODELS = {"demo": Model(128, 32, 256, 8, 8, 64, 16, 4), "1b": Model(1024, 512, 64, 6, 16, 512, 64, 3)}
+MODELS: Final = {"demo": Model(128, 32, 256, 8, 8, 64, 16, 4), "1b": Model(1024, 512, 64, 6, 16, 512, 64, 3)}
 
 
 def fastest(run: Callable[[W], object], over: Sequence[W], *, budget_s: float) -> float:
