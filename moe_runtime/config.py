@@ -104,7 +104,9 @@ class RuntimeConfig:
         None, 'file of prompts: one per line, or JSON lines with "prompt"; null: the model\'s own', verbatim=True
     )
     output: str | None = setting(None, "JSON lines file to write, one line per request", verbatim=True)
-    dtype: DtypeName = setting("auto", "computation in this dtype; auto: the checkpoint's, but float32 for models under 1 GiB on a CPU")
+    dtype: DtypeName = setting(
+        "auto", "computation in this dtype; auto: the checkpoint's, but float32 for models under 1 GiB on a CPU"
+    )
     device: Device = setting("cpu", "where tensors live")
     seed: int = setting(0, "seed of all sampling", minimum=0)
     ep: int = setting(1, "ranks that share the experts", minimum=1, follows="dp·tp, or torchrun's world")

@@ -66,7 +66,7 @@ class Communicator(Protocol):
     def reduce_scatter_begin(self, x: Tensor) -> Pending[Tensor]: ...
 
     def all_to_all(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Tensor:
-        """Rows of `x [sum(send_counts), ...]`, blocks in destination order, to `[sum(recv_counts), ...]` in source order."""
+        """`x [sum(send_counts), ...]`, blocks in destination order, to `[sum(recv_counts), ...]` in source order."""
 
     def all_to_all_begin(
         self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]

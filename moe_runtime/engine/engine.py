@@ -1,7 +1,7 @@
 """RankEngine: the SPMD program of one rank. Every rank enters every step; nothing about its shape is decided locally.
 
-Who decides: tp rank 0 of each DP group (its leader) schedules and samples; world rank 0 owns the requests. Leaders meet on
-the dp axis, each hands the agreed step and its plan to its group on the tp axis.
+Who decides: tp rank 0 of each DP group (its leader) schedules and samples; world rank 0 owns the requests. Leaders meet
+on the dp axis, each hands the agreed step and its plan to its group on the tp axis.
 """
 
 from __future__ import annotations

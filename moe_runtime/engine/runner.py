@@ -1,4 +1,7 @@
-"""Runner: a plan's integers to StepInputs, and the model's logits. n group tokens, N padded, D absorbed, G sequences."""
+"""Runner: a plan's integers to StepInputs, and the model's logits.
+
+n group tokens, N padded, D absorbed, G sequences.
+"""
 
 from __future__ import annotations
 

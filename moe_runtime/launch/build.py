@@ -74,7 +74,8 @@ class ProcessParts:
         config, model = composed.config, composed.model
         if not composed.has_weights:
             raise ConfigError(
-                f"model={config.model}: a shape without weights, for job=doctor. Give a checkpoint folder, or model=demo."
+                f"model={config.model}: a shape without weights, for job=doctor. "
+                "Give a checkpoint folder, or model=demo."
             )
         dtype, device = compute_dtype(config, model), torch.device(config.device)
         placement = expert_placement(config, model)

@@ -30,8 +30,8 @@ AUTO_KV_BYTES = 2**30
 def compute_dtype(config: RuntimeConfig, model: ModelConfig) -> torch.dtype:
     """The dtype of activations and weights.
 
-    `auto` is the checkpoint's (bfloat16 where that is fp16), but fp32 for small models on a CPU: with one or two rows per
-    expert, fp32 products are the faster ones there (320 virtual ranks of the demo model: 0.97 s a step against 1.1).
+    `auto` is the checkpoint's (bfloat16 where that is fp16), but fp32 for small models on a CPU: with one or two rows
+    per expert, fp32 is the faster one there (320 virtual ranks of the demo model: 0.97 s a step against 1.1).
     """
     match config.dtype:
         case "float32":

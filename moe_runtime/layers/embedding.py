@@ -1,4 +1,7 @@
-"""Vocabulary-parallel embedding and head. N padded group tokens, S wanted rows, V vocab, v = ceil(V/tp) rows per rank."""
+"""Vocabulary-parallel embedding and head.
+
+N padded group tokens, S wanted rows, V vocab, v = ceil(V/tp) rows per rank.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class VocabEmbedding:
     tp: Communicator
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        """`token_ids [N]` of the group to this rank's rows `[N/tp, H]`: exact, since one rank adds a row and the rest 0."""
+        """`token_ids [N]` of the group to this rank's rows `[N/tp, H]`; exact: one rank has a row, the rest 0."""
         if self.tp.size == 1:
             return self.weight[token_ids]
         return self.tp.reduce_scatter(_rows_or_zero(self.weight, token_ids - self.first))

@@ -1,7 +1,8 @@
 """Multi-head latent attention over a paged latent cache, heads split over tp.
 
 n real group tokens, N padded, H hidden, h local heads, C kv_lora_rank, R rope, Dn nope, Dv value dims, Q q_lora_rank.
-Source: DeepSeek-V2 (arXiv 2405.04434) §2.1; the absorbed form multiplies the key and value up-projections into query and output.
+Source: DeepSeek-V2 (arXiv 2405.04434) §2.1; the absorbed form multiplies the key and value up-projections into query
+and output.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch.nn import functional as F
 from moe_runtime.comm.base import Communicator
 from moe_runtime.layers.linear import Linear
 from moe_runtime.layers.step import AbsorbedTokens, ExpandedChunk, StepInputs
-
 
 Query = tuple[Tensor, Tensor]
 """(no-rope part `[n, h, Dn]`, rotated part `[n, h, R]`)"""

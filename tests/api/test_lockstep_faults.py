@@ -23,6 +23,7 @@ from moe_runtime.engine.plan import StepPlan
 from moe_runtime.engine.runner import Runner
 from moe_runtime.engine.sampler import Sampler
 from moe_runtime.engine.scheduler import Scheduler
+from moe_runtime.launch.executors.virtual import VirtualExecutor
 from moe_runtime.layers.experts import Experts
 from moe_runtime.layers.router import Router
 from tests.api.tiny import TOP_K, tokens
@@ -76,8 +77,11 @@ class Driver:
 
     def __init__(self, folder: Path, ep: int, tp: int, *overrides: str) -> None:
         self.llm = LLM(str(folder), ep=ep, tp=tp, overrides=[*SMALL, *overrides])
-        self.planned_tokens = 0
         self.traffic = Traffic([])
+        executor = self.llm._service._executor
+        assert isinstance(executor, VirtualExecutor)
+        self.thread = executor._threads[1]
+        """On which its ranks run"""
         owner = self.llm._service.owner
         commands = owner.commands
 
@@ -213,14 +217,15 @@ PLACES: dict[str, tuple[type, str]] = {
 }
 
 
-def arm(patch: pytest.MonkeyPatch, place: str, call: int) -> list[int]:
-    """The `call`-th call of `place`, on whichever rank that is, raises Boom. Returns the count of calls so far."""
+def arm(driver: Driver, patch: pytest.MonkeyPatch, place: str, call: int) -> list[int]:
+    """The driver's `call`-th call of `place`, on whichever rank that is, raises. Returns the count of calls so far."""
     kind, name = PLACES[place]
     original = getattr(kind, name)
     calls = [0]
 
     def failing(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
+        if threading.current_thread() is driver.thread:
+            calls[0] += 1
         if calls[0] == call:
             raise BoomError(f"{place} #{call}")
         return original(*args, **kwargs)
@@ -237,7 +242,7 @@ def test_a_fault_is_told_to_everybody(
     threads = set(threading.enumerate())
     with pytest.MonkeyPatch.context() as patch:
         driver = Driver(folder, *mesh)
-        calls = arm(patch, place, call)
+        calls = arm(driver, patch, place, call)
         driver.feed(traffic)
         began = time.monotonic()
         errors: list[EngineClosedError] = []
@@ -266,7 +271,7 @@ def test_a_fault_is_told_to_everybody(
 def test_a_new_llm_works_after_a_fault(folder: Path, oracle: LLM) -> None:
     with pytest.MonkeyPatch.context() as patch:
         driver = Driver(folder, 4, 2)
-        arm(patch, "experts", 9)
+        arm(driver, patch, "experts", 9)
         with pytest.raises(EngineClosedError, match="experts #9"):
             driver.llm.generate([[5, 6]] * 4)
         driver.llm.close()

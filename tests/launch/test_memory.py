@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from moe_tools.make_checkpoint import main as make_checkpoint
 
 SLACK_BYTES = 96 * 2**20

@@ -101,7 +101,13 @@ def test_a_process_holds_equal_slices_once() -> None:
 
 def test_dtypes() -> None:
     """auto: fp32 for the small demo model on a CPU, else what the checkpoint holds."""
-    cases = (([], 4), (["device=cuda"], 2), (["model=deepseek_v3"], 2), (["dtype=float32"], 4), (["dtype=bfloat16"], 2))
+    cases: tuple[tuple[list[str], int], ...] = (
+        ([], 4),
+        (["device=cuda"], 2),
+        (["model=deepseek_v3"], 2),
+        (["dtype=float32"], 4),
+        (["dtype=bfloat16"], 2),
+    )
     for words, expected in cases:
         run = compose(words)
         assert compute_dtype(run.config, run.model).itemsize == expected, words

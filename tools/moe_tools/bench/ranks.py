@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from moe_tools.bench.record import append_record
@@ -27,7 +28,7 @@ def measure(model: str, ep: int, *, prompts: int, new_tokens: int) -> dict[str, 
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
         for _ in llm.stream(ids[0], params):
             stamps.append((time.perf_counter(), time.process_time()))
-        alone = statistics.median(b[0] - a[0] for a, b in zip(stamps, stamps[1:], strict=False))
+        alone = statistics.median(b[0] - a[0] for a, b in pairwise(stamps))
         before, cpu_before = time.perf_counter(), time.process_time()
         steps = llm.num_steps
         llm.generate(ids, params)
@@ -66,7 +67,8 @@ def main(argv: Sequence[str]) -> None:
         row = json.loads(run.stdout.splitlines()[-1])
         print(
             f"{row['ep']:5d} {row['tp']:3d} {row['load_s']:8.2f} {row['one_sequence_step_s']:21.4f} "
-            f"{row['step_s']:14.4f} {row['step_cpu_s']:12.4f} {row['step_cpu_s'] / ep * 1e6:9.0f} {row['rss_mib']:10.0f}",
+            f"{row['step_s']:14.4f} {row['step_cpu_s']:12.4f} {row['step_cpu_s'] / ep * 1e6:9.0f} "
+            f"{row['rss_mib']:10.0f}",
             flush=True,
         )
         if args.output is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -113,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
 def _report(runners: list[Contender], args: argparse.Namespace) -> None:
     base = statistics.median(runners[0].speed)
     print(f"{args.model}: {args.prompts} x {args.prompt_tokens} + {args.new_tokens} tokens, {args.dtype}, ", end="")
-    print(f"{args.threads} threads, torch {version('torch')}, transformers {version('transformers')}, {platform.machine()}")
+    print(f"{args.threads} threads, torch {version('torch')}, transformers {version('transformers')}")
     for runner in runners:
         speed = statistics.median(runner.speed)
         ratios = [a / b for a, b in zip(runners[0].speed, runner.speed, strict=True)]
