@@ -28,6 +28,25 @@ Deliver = Callable[[RequestOutput | None], None]
 """Called by the engine's thread. None: look at the handle, which has finished or failed."""
 
 
+class NamedLogprobs:
+    """Log probabilities of successive positions, given their tokens' texts when somebody reads them."""
+
+    def __init__(self, decoder: TokenDecoder | None) -> None:
+        self._decoder = decoder
+        self._rows: list[TokenLogprobs] = []
+        self._named: list[PositionLogprobs] = []
+
+    def add(self, *rows: TokenLogprobs) -> None:
+        self._rows += rows
+
+    def read(self) -> list[PositionLogprobs]:
+        for row in self._rows[len(self._named) :]:
+            decoder = self._decoder
+            texts = {} if decoder is None else {token: decoder.decode([token], False) for token in row.token_ids}
+            self._named.append(row.named(texts))
+        return list(self._named)
+
+
 class Completion:
     """One sequence of a request, as it grows.
 
@@ -46,16 +65,15 @@ class Completion:
         self._eager: Detokenizer | None = None
         if decoder is not None and (stream or request.params.stop_strings):
             self._eager = Detokenizer(decoder, request.params, request.prompt_token_ids)
-        self._logprobs: list[PositionLogprobs] | None = None if request.params.logprobs is None else []
+        self._logprobs = None if request.params.logprobs is None else NamedLogprobs(decoder)
         self._cumulative = 0.0
 
     def append(self, token: int, result: TokenResult) -> None:
         """A token of the output; a stop text in it ends the completion."""
         self.token_ids.append(token)
         if self._logprobs is not None and result.logprobs is not None:
-            named = name_tokens(result.logprobs, self._decoder)
-            self._cumulative += named[token].logprob
-            self._logprobs.append(named)
+            self._logprobs.add(result.logprobs)
+            self._cumulative += result.logprobs.logprobs[0]
         if self._eager is not None:
             self._eager.append(token, is_stop_token=result.stop_reason == token)
             if self._eager.stopped:
@@ -88,7 +106,7 @@ class Completion:
             index=self.index,
             text=self.text,
             token_ids=tuple(self.token_ids),
-            logprobs=None if self._logprobs is None else list(self._logprobs),
+            logprobs=None if self._logprobs is None else self._logprobs.read(),
             cumulative_logprob=None if self._logprobs is None else self._cumulative,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
@@ -119,6 +137,7 @@ class RequestHandle:
         params: SamplingParams,
         *,
         stream: bool = False,
+        decoder: TokenDecoder | None = None,
         deliver: Deliver | None = None,
     ) -> None:
         self.number = number
@@ -127,7 +146,7 @@ class RequestHandle:
         self.error: BaseException | None = None
         self._prompt = prompt
         self._prompt_token_ids = tuple(prompt_token_ids)
-        self._prompt_logprobs: list[PositionLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
+        self._prompt_logprobs = None if params.prompt_logprobs is None else NamedLogprobs(decoder)
         self._times = _Times(time.monotonic())
         self._updates: queue.SimpleQueue[RequestOutput | None] = queue.SimpleQueue()
         self._deliver = self._updates.put if deliver is None else deliver
@@ -157,7 +176,7 @@ class RequestHandle:
             request_id=self.number,
             prompt=self._prompt,
             prompt_token_ids=self._prompt_token_ids,
-            prompt_logprobs=None if self._prompt_logprobs is None else list(self._prompt_logprobs),
+            prompt_logprobs=None if self._prompt_logprobs is None else [None, *self._prompt_logprobs.read()],
             outputs=[completion.output() for completion in self.completions],
             metrics=RequestMetrics(
                 times.arrival,
@@ -173,15 +192,13 @@ class RequestHandle:
 
     # The engine's thread, under the owner's lock
 
-    def apply(
-        self, completion: Completion, result: TokenResult, *, began: float, now: float, decoder: TokenDecoder | None
-    ) -> None:
+    def apply(self, completion: Completion, result: TokenResult, *, began: float, now: float) -> None:
         """One step's result; the step ran from `began` to `now`."""
         times = self._times
         if times.scheduled is None:
             times.scheduled = began
         if self._prompt_logprobs is not None and result.prompt_logprobs:
-            self._prompt_logprobs += [name_tokens(row, decoder) for row in result.prompt_logprobs]
+            self._prompt_logprobs.add(*result.prompt_logprobs)
         if result.token_id is not None:
             completion.append(result.token_id, result)
             times.num_output_tokens += 1
@@ -206,8 +223,3 @@ class RequestHandle:
             self._deliver(self.output())
         elif self.finished:
             self._deliver(None)
-
-
-def name_tokens(row: TokenLogprobs, decoder: TokenDecoder | None) -> PositionLogprobs:
-    """Log probabilities by token id, with the tokens' texts where there is a decoder."""
-    return row.named({} if decoder is None else {token: decoder.decode([token], False) for token in row.token_ids})

@@ -186,7 +186,7 @@ class RequestOwner:
                     if not completion.token_ids:
                         self._counts.prompt_tokens += len(completion.request.prompt_token_ids)
                     tokens += 1
-                handle.apply(completion, result, began=began, now=now, decoder=self._decoder)
+                handle.apply(completion, result, began=began, now=now)
                 if completion.finish_reason is not None:
                     self._finish(handle, completion, known=result.finish_reason is not None)
                 if handle.stream:
@@ -243,6 +243,7 @@ class RequestOwner:
             requests[0].prompt_token_ids,
             submission.params,
             stream=stream,
+            decoder=self._decoder,
             deliver=deliver,
         )
         for index, request in enumerate(requests):

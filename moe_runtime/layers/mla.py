@@ -75,7 +75,7 @@ class MLA:
     batch_invariant: bool
 
     def __call__(self, x: Tensor, step: StepInputs, cache: Tensor) -> Tensor:
-        """`x [N/tp, H]` normed rows of this rank to `[N/tp, H]`; writes the step's latents to `cache [pages, page, C+R]`."""
+        """This rank's normed rows `x [N/tp, H]` to `[N/tp, H]`; writes latents to `cache [pages, page, C+R]`."""
         if not step.num_rows:
             return x  # the tp group agrees that it is idle
         group = self.tp.all_gather(x)[: step.num_tokens] if self.tp.size > 1 else x[: step.num_tokens]

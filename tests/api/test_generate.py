@@ -334,6 +334,19 @@ def test_what_it_is(llm: LLM) -> None:
     assert llm.num_steps >= after.step
 
 
+def test_the_example_of_the_documentation(folder: Path) -> None:
+    overrides = ["dispatch=all_gather", "placement.num_redundant_experts=8"]
+    with LLM(str(folder), ep=8, tp=2, overrides=overrides) as llm:
+        params = SamplingParams(temperature=0, max_tokens=32, logprobs=5, prompt_logprobs=5)
+        prompts: list[str | list[int]] = ["def main():", [5, 6, 7]]
+        outs = llm.generate(prompts, params)
+        assert [len(out.outputs) for out in outs] == [1, 1]
+        assert outs[1].prompt_token_ids == (5, 6, 7)
+        assert outs[1].outputs[0].token_ids == alone(folder, [[5, 6, 7]], params)[0]
+        assert len(outs[1].outputs[0].logprobs or []) == len(outs[1].outputs[0].token_ids)
+        assert llm.expert_load().shape == (NUM_MOE_LAYERS, NUM_EXPERTS)
+
+
 def test_use_after_close(folder: Path) -> None:
     llm = LLM(str(folder), ep=1, overrides=["num_threads=1"])
     llm.close()

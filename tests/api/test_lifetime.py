@@ -138,6 +138,7 @@ class FailsAt:
 @pytest.mark.parametrize("rank", [0, 3])
 def test_an_error_in_the_engine_releases_every_thread(folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     with monkeypatch.context() as patch:
+        tensors = Tensors(patch)
         FailsAt(patch, rank=rank, step=6)
         llm = LLM(str(folder), ep=4, tp=2, overrides=OVERRIDES)
         errors: list[BaseException] = []
@@ -164,6 +165,8 @@ def test_an_error_in_the_engine_releases_every_thread(folder: Path, monkeypatch:
                 use()
         assert llm.snapshot().state == "failed"
         llm.close()
+        assert len(tensors.caches) == 4
+        assert tensors.alive == 0, "an error that somebody keeps must not keep the engine"
     with LLM(str(folder), ep=4, tp=2, overrides=OVERRIDES) as fresh:
         assert tokens(fresh.generate([[5]], greedy(3))) == alone(folder, [[5]], greedy(3))
 
@@ -198,7 +201,13 @@ def test_bad_checkpoints_and_settings_arrive_as_such(folder: Path, tmp_path: Pat
     assert set(threading.enumerate()) == before
 
 
-@pytest.mark.parametrize("ending", ["raise SystemExit(7)", "box = [llm]; box.append(box)"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "raise SystemExit(7)",
+        pytest.param("box = [llm]; box.append(box)", marks=pytest.mark.slow),
+    ],
+)
 def test_a_script_that_never_closes(folder: Path, ending: str) -> None:
     script = f"""
 from moe_runtime import LLM, SamplingParams

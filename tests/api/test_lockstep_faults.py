@@ -226,8 +226,8 @@ def arm(driver: Driver, patch: pytest.MonkeyPatch, place: str, call: int) -> lis
     def failing(*args: Any, **kwargs: Any) -> Any:
         if threading.current_thread() is driver.thread:
             calls[0] += 1
-        if calls[0] == call:
-            raise BoomError(f"{place} #{call}")
+            if calls[0] == call:
+                raise BoomError(f"{place} #{call}")
         return original(*args, **kwargs)
 
     patch.setattr(kind, name, failing)

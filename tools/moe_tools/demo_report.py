@@ -26,11 +26,13 @@ from moe_tools.demo_corpus import collect_sources, encode_stream
 from moe_tools.demo_model import DemoModel
 from moe_tools.train_demo import balancedness
 
+# Without a final line break: the tokenizer keeps a break and the next line's indentation in one token.
 _SAMPLES = (
-    "def fibonacci(n):\n",
-    "class Stack:\n    def __init__(self):\n",
-    "import os\nimport sys\n\ndef main():\n",
-    'def read_lines(path):\n    """Return the lines of a file."""\n',
+    "def fibonacci(n):",
+    "class Stack:\n    def __init__(self):",
+    'def read_lines(path):\n    """Return the lines of a file."""',
+    "class TestAdd(unittest.TestCase):\n    def test_add(self):",
+    "import os\nimport sys\n\ndef main():",
 )
 
 

@@ -19,8 +19,9 @@ import torch
 import torch.multiprocessing as mp
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
-from moe_tools.demo_checkpoint import export
+from moe_tools.demo_checkpoint import export, load_checkpoint
 from moe_tools.demo_corpus import BOS_ID, collect_sources, encode_stream, train_tokenizer
 from moe_tools.demo_experts import DemoShape
 from moe_tools.demo_model import DemoModel
@@ -43,6 +44,7 @@ class Options:
     balance_goal: float
     export_minutes: float
     seed: int
+    resume: bool
 
 
 def parse_options() -> Options:
@@ -59,6 +61,7 @@ def parse_options() -> Options:
     parser.add_argument("--balance-goal", type=float, default=0.5, help="no balancing above this mean/max over ranks")
     parser.add_argument("--export-minutes", type=float, default=8.0, help="time between exports")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="start from the weights in --output; use another --seed")
     return Options(**vars(parser.parse_args()))
 
 
@@ -124,7 +127,8 @@ class Exchange:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         routed = sum(block.counts.numel() for _, block in model.moe_layers())
         self._extra = routed + 1
-        self._buffer = torch.zeros(workers, parameters + self._extra).share_memory_()
+        self._buffer = torch.zeros(workers, parameters + self._extra)
+        self._buffer.share_memory_()  # type: ignore[no-untyped-call]
         self._barrier = mp.get_context("spawn").Barrier(workers)
 
     def average(self, model: DemoModel, *, rank: int, share: float) -> tuple[Tensor, float]:
@@ -206,7 +210,7 @@ def train(
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     tokenizer = Tokenizer.from_str(vocabulary)
-    model = DemoModel(DemoShape())
+    model = load_checkpoint(options.output) if options.resume else DemoModel(DemoShape())
     windows = Windows(streams[0], tokenizer, seed=options.seed + rank)
     adam = optimiser(model, options.peak_rate)
     balancer = Balancer(model, step=options.bias_step, goal=options.balance_goal)
@@ -247,7 +251,7 @@ def main() -> None:
     print(f"train tokens {len(stream)}, held-out tokens {len(held_out)}, {vars(options)}", flush=True)
     exchange = Exchange(DemoModel(DemoShape()), workers=options.workers)
     arguments = (options, (stream, held_out), tokenizer.to_str(), exchange)
-    mp.spawn(train, args=arguments, nprocs=options.workers)
+    spawn(train, args=arguments, nprocs=options.workers)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Protocol
 
 
@@ -20,3 +21,12 @@ class Executor(Protocol):
         `error`: this process's program has failed; where `serves_only`, the other ranks are told instead of served.
         Does not wait where it is called on a thread that the executor itself waits for.
         """
+
+
+def without_frames(failure: BaseException) -> BaseException:
+    """The failure with its traceback's lines, but without what its frames hold: they would keep the engine alive."""
+    error: BaseException | None = failure
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    return failure

@@ -15,6 +15,7 @@ from moe_runtime.engine.engine import RankEngine
 from moe_runtime.engine.owner import RequestOwner
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.build import OnProgress, ProcessParts, build_engine
+from moe_runtime.launch.executors.base import without_frames
 from moe_runtime.launch.executors.threads import torch_threads
 from moe_runtime.launch.wire import decode_error, encode_error
 from moe_runtime.parallel.mesh import ProcessMesh
@@ -123,7 +124,7 @@ def _run(rank: Rank, owner: RequestOwner, peers: Peers | None) -> None:
     try:
         rank.serve()
     except BaseException as error:  # noqa: BLE001 - handed to every thread that waits for a result
-        failure = error if peers is None else peers.explain(error)
+        failure = without_frames(error if peers is None else peers.explain(error))
     owner.end(failure)
     if peers is not None:
         peers.end()

@@ -9,6 +9,7 @@ from moe_runtime.comm.virtual import VirtualCluster, virtual_groups
 from moe_runtime.engine.engine import RankEngine
 from moe_runtime.engine.owner import RequestOwner
 from moe_runtime.launch.build import OnProgress, ProcessParts, build_engine
+from moe_runtime.launch.executors.base import without_frames
 from moe_runtime.launch.executors.threads import threads_of_virtual_ranks, torch_threads
 from moe_runtime.parallel.mesh import ProcessMesh
 
@@ -62,7 +63,7 @@ def _run(
     try:
         cluster.run(lambda rank: engines[rank].serve())
     except BaseException as error:  # noqa: BLE001 - handed to every thread that waits for a result
-        failure = error
+        failure = without_frames(error)
     owner.end(failure)
     engines.clear()
     _leave(cluster, threads)
