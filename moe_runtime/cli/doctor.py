@@ -20,6 +20,7 @@ from moe_runtime.launch.sizing import (
     cache_size,
     compute_dtype,
     dispatch_bytes,
+    expert_dtype,
     format_bytes,
     max_model_len,
     process_bytes,
@@ -149,9 +150,12 @@ def _show_bytes(console: Console, composed: Composed, placement: ExpertPlacement
         num_local_slots=placement.num_local,
         shared=config.shared_experts,
         itemsize=dtype.itemsize,
+        expert_itemsize=expert_dtype(config, model).itemsize,
     )
     rows = [(part.name.replace("_", " "), format_bytes(getattr(weights, part.name))) for part in fields(weights)]
-    rows.append(("weights in all", f"{format_bytes(weights.total)} as {str(dtype).removeprefix('torch.')}"))
+    rows.append(
+        ("weights in all", f"{format_bytes(weights.total)} as {_dtype_names(dtype, expert_dtype(config, model))}")
+    )
     virtual = composed.has_weights and config.launcher == "virtual"
     try:
         cache = cache_size(config.engine, model, itemsize=dtype.itemsize, ranks_in_process=config.ep if virtual else 1)
@@ -222,3 +226,8 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "installed, version unknown"
+
+
+def _dtype_names(dtype: torch.dtype, experts: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if experts == dtype else f"{name}, experts as {str(experts).removeprefix('torch.')}"

@@ -29,7 +29,7 @@ from moe_runtime.engine.sequence import SchedulerLimits, check_request
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.compose import Composed
 from moe_runtime.launch.placing import expert_placement, num_dispatched_shared, num_logical_experts
-from moe_runtime.launch.sizing import CacheSize, cache_size, compute_dtype, max_model_len
+from moe_runtime.launch.sizing import CacheSize, cache_size, compute_dtype, expert_dtype, max_model_len
 from moe_runtime.loading.checkpoint import Checkpoint
 from moe_runtime.loading.shard import check_tensors
 from moe_runtime.loading.source import CheckpointSource
@@ -142,6 +142,7 @@ def build_engine(
         recorder=recorder,
         shared_experts=config.shared_experts,
         batch_invariant=engine.batch_invariant,
+        expert_dtype=expert_dtype(config, model),
         max_model_len=max_model_len(engine, model),
     )
     weights = assembly.build(lambda layer: on_progress(LoadProgress(mesh.rank, layer, parts.num_read_bytes())))

@@ -27,20 +27,14 @@ class Experts:
         return cls(prepare_experts(w13, w2), batch_invariant)
 
     def __call__(self, rows: Rows) -> Tensor:
-        """Outputs shaped as `rows.data`; padding rows are unspecified."""
+        """Outputs like `rows.data`; the products run in the weights' dtype. Padding rows are unspecified."""
+        x, weights, invariant = rows.data.to(self.weights.dtype), self.weights, self.batch_invariant
         match rows:
             case GroupedRows():
-                return expert_mlp_ragged(
-                    rows.data,
-                    self.weights,
-                    psum=rows.psum,
-                    alignment=rows.alignment,
-                    batch_invariant=self.batch_invariant,
-                )
+                y = expert_mlp_ragged(x, weights, psum=rows.psum, alignment=rows.alignment, batch_invariant=invariant)
             case PaddedRows():
-                return expert_mlp_padded(
-                    rows.data, self.weights, counts=rows.counts, batch_invariant=self.batch_invariant
-                )
+                y = expert_mlp_padded(x, weights, counts=rows.counts, batch_invariant=invariant)
+        return y.to(rows.data.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +46,7 @@ class DenseMLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x [T, H]` -> `[T, H]`."""
-        return self.down(swiglu(self.gate_up(x)))
+        return self.down(swiglu(self.gate_up(x), fast=not self.gate_up.batch_invariant))
 
 
 def slice_shared(gate: Tensor, up: Tensor, down: Tensor, *, num_shared: int) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from moe_runtime import LLM, ConfigError
+from moe_runtime.engine.owner import IDLE_WAIT_S
 from tests.api.tiny import alone, greedy, tokens, write_tiny
 from tests.launch.processes import listening_addresses, wait_gone, workers
 
 PROMPTS = [[5, 6, 7], [9], [40, 41, 42, 43], [3, 3], [200, 100]]
-TIMEOUT_S = 3.0
 OTHER_INTERFACES = [name for _, name in socket.if_nameindex() if name not in ("lo", "lo0")]
 
 
@@ -34,15 +34,14 @@ def llm(folder: Path) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
         if OTHER_INTERFACES:
             patch.setenv("GLOO_SOCKET_IFNAME", OTHER_INTERFACES[0])
-        overrides = ["launcher=process", f"comm_timeout_s={TIMEOUT_S}"]
-        with LLM(str(folder), ep=3, overrides=overrides) as started:
+        with LLM(str(folder), ep=3, overrides=["launcher=process"]) as started:
             if OTHER_INTERFACES:
                 assert os.environ["GLOO_SOCKET_IFNAME"] == OTHER_INTERFACES[0]
             pids = workers()
             assert len(pids) == 2
             yield started
             began = time.monotonic()
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 20
     wait_gone(pids, within_s=0.1)
     assert set(threading.enumerate()) == before
     assert torch.get_num_threads() == num_threads
@@ -70,10 +69,10 @@ def test_children_are_out_of_reach_of_ctrl_c(llm: LLM) -> None:
         assert os.getpgid(pid) != os.getpgid(0)
 
 
-def test_idle_for_longer_than_the_timeout(llm: LLM) -> None:
+def test_idle_steps_tell_the_others_that_rank_0_lives(llm: LLM) -> None:
     steps = llm.num_steps
-    time.sleep(TIMEOUT_S + 0.7)
-    assert llm.num_steps > steps, "idle steps tell the others that rank 0 lives"
+    time.sleep(2 * IDLE_WAIT_S)
+    assert 0 < llm.num_steps - steps < 5
     assert len(llm.generate([[5, 6]], greedy(3))[0].outputs[0].token_ids) == 3
 
 

@@ -17,6 +17,7 @@ from moe_runtime.launch.sizing import (
     cache_size,
     compute_dtype,
     dispatch_bytes,
+    expert_dtype,
     format_bytes,
     process_bytes,
     weight_bytes,
@@ -99,18 +100,22 @@ def test_a_process_holds_equal_slices_once() -> None:
     assert process_bytes(eight.config, eight.model) == process_bytes(one.config, one.model) + 7 * cache
 
 
-def test_dtypes() -> None:
-    """auto: fp32 for the small demo model on a CPU, else what the checkpoint holds."""
-    cases: tuple[tuple[list[str], int], ...] = (
-        ([], 4),
-        (["device=cuda"], 2),
-        (["model=deepseek_v3"], 2),
-        (["dtype=float32"], 4),
-        (["dtype=bfloat16"], 2),
-    )
-    for words, expected in cases:
-        run = compose(words)
-        assert compute_dtype(run.config, run.model).itemsize == expected, words
+@pytest.mark.parametrize(
+    ("words", "compute", "experts"),
+    [
+        ([], 4, 4),
+        (["dtype=float32"], 4, 4),
+        (["dtype=bfloat16"], 4, 2),
+        (["device=cuda"], 2, 2),
+        (["device=cuda", "dtype=float32"], 4, 4),
+        (["model=deepseek_v3"], 2, 2),
+        (["model=deepseek_v3", "dtype=bfloat16"], 2, 2),
+    ],
+)
+def test_small_models_compute_in_fp32_on_a_cpu(words: list[str], compute: int, experts: int) -> None:
+    run = compose(words)
+    assert compute_dtype(run.config, run.model).itemsize == compute
+    assert expert_dtype(run.config, run.model).itemsize == experts
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ class Assembly:
     recorder: LoadRecorder
     shared_experts: SharedExpertsMode
     batch_invariant: bool
+    expert_dtype: torch.dtype
     max_model_len: int
 
     def build(self, on_layer: Callable[[int], None] = lambda _: None) -> DeepseekModel:
@@ -203,7 +204,7 @@ class Assembly:
             self.placement.num_local,
             config.hidden_size,
             config.moe_intermediate_size,
-            dtype=self.source.dtype,
+            dtype=self.expert_dtype,
             device=self.source.device,
         )
         for slot, logical in enumerate(self.placement.local_logical(index, self.mesh.ep_rank)):
@@ -218,13 +219,16 @@ class Assembly:
             index = logical - self.config.n_routed_experts
             return shared13[index], shared2[index]
         gate, up, down = (
-            self.source.read(f"{prefix}experts.{logical}.{name}_proj.weight") for name in ("gate", "up", "down")
+            self.source.read(f"{prefix}experts.{logical}.{name}_proj.weight", dtype=self.expert_dtype)
+            for name in ("gate", "up", "down")
         )
         return torch.cat((gate, up)), down
 
     def _sliced_shared(self, prefix: str) -> tuple[Tensor, Tensor]:
-        names = (f"{prefix}shared_experts.{name}_proj.weight" for name in ("gate", "up", "down"))
-        gate, up, down = map(self.source.read, names)
+        gate, up, down = (
+            self.source.read(f"{prefix}shared_experts.{name}_proj.weight", dtype=self.expert_dtype)
+            for name in ("gate", "up", "down")
+        )
         return slice_shared(gate, up, down, num_shared=self.config.n_shared_experts)
 
     # Reading
