@@ -109,14 +109,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         batch, close = transformers(args.model, prompts, args)
     batch()
-    _serve(batch, leads=not _distributed() or torch.distributed.get_rank() == 0)
+    # moe_runtime's launcher has its own processes; transformers' ranks are torchrun's and must take turns together.
+    spmd = args.engine == "transformers" and args.ep > 1
+    _serve(batch, spmd=spmd)
     close()
 
 
-def _serve(batch: Batch, *, leads: bool) -> None:
+def _serve(batch: Batch, *, spmd: bool) -> None:
+    leads = not spmd or torch.distributed.get_rank() == 0
     if leads:
         _say({"ready": True, "torch": torch.__version__})
-    while _next_turn(leads=leads):
+    while _next_turn(leads=leads, spmd=spmd):
         started, cpu = time.perf_counter(), time.process_time()
         tokens = batch()
         row = {
@@ -130,18 +133,14 @@ def _serve(batch: Batch, *, leads: bool) -> None:
             _say(row)
 
 
-def _next_turn(*, leads: bool) -> bool:
+def _next_turn(*, leads: bool, spmd: bool) -> bool:
     """Whether there is another batch to run: rank 0 reads it, the others hear it from rank 0."""
     more = bool(sys.stdin.readline().strip()) if leads else False
-    if _distributed():
+    if spmd:
         flag = torch.tensor([int(more)])
         torch.distributed.broadcast(flag, 0)
         more = bool(flag.item())
     return more
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _say(row: dict[str, object]) -> None:
