@@ -65,8 +65,9 @@ class PlainConsole:
         self.line()
 
     def text(self, prompt: str, answer: str) -> None:
-        self.line(f"> {printable(prompt)}")
-        self.line("\n".join("  " + line for line in printable(answer).rstrip().split("\n")))
+        # The block marks where the model takes over.
+        written = f"{printable(prompt)}█{printable(answer).rstrip()}"
+        self.line("\n".join("  " + line for line in written.split("\n")) + "\n")
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Advance]:

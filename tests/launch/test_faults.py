@@ -19,9 +19,9 @@ from moe_runtime.launch.compose import compose
 from tests.api.tiny import alone, damage, greedy, tokens, write_tiny
 from tests.launch.processes import children, descendants, finish, wait_gone, workers
 
-WITHIN_S = 20.0
+WITHIN_S = 60.0
 """For everything to end after a fault, on a busy machine (2 s on an idle one); the run's own timeout is far longer."""
-PROCESS = ["launcher=process", "comm_timeout_s=100"]
+PROCESS = ["launcher=process", "comm_timeout_s=600"]
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +153,8 @@ def test_a_parent_that_is_killed(folder: Path, moment: str) -> None:
         text=True,
     )
     assert parent.stdout is not None
-    while parent.stdout.readline().strip() != moment:
-        pass
+    while (line := parent.stdout.readline()) != f"{moment}\n":
+        assert line, "the parent has ended"
     found = descendants(parent.pid)
     assert len(found) == 1
     parent.kill()
@@ -195,7 +195,7 @@ def test_the_command_line_tells_a_broken_tensor_once(tmp_path: Path) -> None:
     broken = write_tiny(tmp_path / "model")
     damage(broken, "model.layers.1.mlp.experts.7.up_proj.weight")
     process = subprocess.Popen(command(broken), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    _, err = finish(process, within_s=40)
+    _, err = finish(process, within_s=100)
     assert process.returncode == 2
     assert err.startswith("CheckpointError: ")
     assert err.count("experts.7.up_proj") == 1

@@ -34,14 +34,14 @@ def llm(folder: Path) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
         if OTHER_INTERFACES:
             patch.setenv("GLOO_SOCKET_IFNAME", OTHER_INTERFACES[0])
-        with LLM(str(folder), ep=3, overrides=["launcher=process"]) as started:
+        with LLM(str(folder), ep=3, overrides=["launcher=process", "comm_timeout_s=600"]) as started:
             if OTHER_INTERFACES:
                 assert os.environ["GLOO_SOCKET_IFNAME"] == OTHER_INTERFACES[0]
             pids = workers()
             assert len(pids) == 2
             yield started
             began = time.monotonic()
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60
     wait_gone(pids, within_s=0.1)
     assert set(threading.enumerate()) == before
     assert torch.get_num_threads() == num_threads

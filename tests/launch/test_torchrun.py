@@ -52,7 +52,7 @@ def torchrun(arguments: Sequence[str], *, num_processes: int, node: Sequence[str
 
 
 def generate(folder: Path, prompts: Path, output: Path) -> list[str]:
-    words = ["dtype=float32", "sampling.max_tokens=12", "sampling.ignore_eos=true", "comm_timeout_s=30"]
+    words = ["dtype=float32", "sampling.max_tokens=12", "sampling.ignore_eos=true", "comm_timeout_s=600"]
     return ["-m", "moe_runtime", f"model={folder}", f"prompts={prompts}", f"output={output}", *words]
 
 
@@ -113,7 +113,7 @@ for run in range(2):
         pass
     else:
         raise AssertionError("closed")
-llm = LLM(sys.argv[1], overrides=["comm_timeout_s=30"])  # nobody generates, rank 1 never closes
+llm = LLM(sys.argv[1], overrides=["comm_timeout_s=600"])  # nobody generates, rank 1 never closes
 if llm.owns_requests:
     llm.close()
 """
@@ -141,7 +141,7 @@ def test_a_script_with_three_runs(folder: Path, expected: list[list[int]], tmp_p
 )
 def test_bad_input_is_told_once(change: str, message: str, tmp_path: Path) -> None:
     broken = write_tiny(tmp_path / "model")
-    words = [f"model={broken}", "comm_timeout_s=60"]
+    words = [f"model={broken}", "comm_timeout_s=600"]
     match change:
         case "damage":
             damage(broken, "model.layers.1.mlp.experts.7.up_proj.weight")
@@ -152,8 +152,8 @@ def test_bad_input_is_told_once(change: str, message: str, tmp_path: Path) -> No
             words.append("epp=2")
     began = time.monotonic()
     process = torchrun(["-m", "moe_runtime", *words], num_processes=2)
-    _, err = finish(process, within_s=60)
-    assert time.monotonic() - began < 45
+    _, err = finish(process, within_s=150)
+    assert time.monotonic() - began < 120
     assert process.returncode != 0
     errors = [line for line in err.splitlines() if line.startswith(("ConfigError", "CheckpointError"))]
     assert len(errors) == 1, err
@@ -164,7 +164,7 @@ def test_bad_input_is_told_once(change: str, message: str, tmp_path: Path) -> No
 def test_a_rank_that_is_killed(folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": [5, 6]}\n' * 4000, encoding="utf-8")
-    words = [f"model={folder}", f"prompts={prompts}", "sampling.max_tokens=200", "comm_timeout_s=100"]
+    words = [f"model={folder}", f"prompts={prompts}", "sampling.max_tokens=200", "comm_timeout_s=600"]
     process = torchrun(["-m", "moe_runtime", *words], num_processes=3)
     assert process.stdout is not None
     while not (line := process.stdout.readline()).startswith("generating"):
@@ -173,6 +173,6 @@ def test_a_rank_that_is_killed(folder: Path, tmp_path: Path) -> None:
     assert len(ranks) == 3
     everybody = descendants(process.pid)
     os.kill(ranks[1], signal.SIGKILL)
-    finish(process, within_s=40)
+    finish(process, within_s=100)
     assert process.returncode != 0
     wait_gone(everybody, within_s=1)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +14,7 @@ from moe_tools.demo_corpus import BOS_ID, EOS_ID, save_tokenizer
 from moe_tools.demo_experts import DemoShape
 from moe_tools.demo_model import DemoModel
 
-_STACKED = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+_STACKED: Final = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 
 
 def checkpoint_tensors(model: DemoModel) -> dict[str, Tensor]:
