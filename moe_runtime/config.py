@@ -106,8 +106,7 @@ class RuntimeConfig:
     output: str | None = setting(None, "JSON lines file to write, one line per request", verbatim=True)
     dtype: DtypeName = setting(
         "auto",
-        "computation in this dtype; auto: the checkpoint's. On a CPU, models under 1 GiB compute in float32 (bfloat16: "
-        "their experts only)",
+        "computation in this dtype; auto: the checkpoint's; on a CPU, small models use it for their experts only",
     )
     device: Device = setting("cpu", "where tensors live")
     seed: int = setting(0, "seed of all sampling", minimum=0)

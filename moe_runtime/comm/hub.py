@@ -72,7 +72,8 @@ class Hub:
         self.running: int | None = None
         self.switches = 0
         self.failure: BaseException | None = None
-        self._main = getcurrent()
+        self._main: greenlet | None = None
+        """The greenlet that runs the ranks; only during a run, since it belongs to a thread that may end."""
 
     def run(self, fn: Callable[[int], T], interruption: Interruption) -> list[T]:
         """`fn(rank)` on every rank until all return. Raises CommunicationError once every rank is unwound."""
@@ -89,12 +90,16 @@ class Hub:
             self._loop(rank_of, interruption)
             return [results[rank] for rank in range(self.size)]
         finally:
+            # The failure's traceback holds this frame, and may be collected after the thread has ended: no greenlet of
+            # that thread may be reached from it.
+            rank_of.clear()
             self._reset()
 
     def _loop(self, rank_of: dict[greenlet | None, int], interruption: Interruption) -> None:
         ready = self.ready
         while self.failure is None and interruption.error is None and ready:
-            current = ready.popleft()
+            current: greenlet | None = ready.popleft()
+            assert current is not None
             self.running = rank_of[current]
             self.switches += 1
             try:
@@ -104,6 +109,7 @@ class Hub:
                     self.failure = self._raised(rank_of[current], error)
             if current.dead and self.failure is None:
                 self._finish(rank_of[current])
+        current = None
         if self.failure is None:
             self.failure = interruption.error
         if self.failure is None and len(self.finished) < self.size:
@@ -117,6 +123,7 @@ class Hub:
         if self.finished and (gone := self.finished.intersection(awaited.missing())):
             self.fail(CommunicationError(f"{self._waits(awaited, [rank])}; {self._returned(gone)}."))
         self.blocked[rank] = awaited
+        assert self._main is not None, "a rank blocks only within a run"
         self._main.switch()
         del self.blocked[rank]
 
@@ -200,6 +207,7 @@ class Hub:
         self.blocked.clear()
         self.finished.clear()
         self.ranks = [None] * self.size
+        self._main = None
         self.running = None
         self.failure = None
         if failed:

@@ -13,6 +13,7 @@ from moe_kernels.permute import unpermute
 from torch import Tensor
 
 from moe_runtime.dispatch import all_to_all
+from moe_runtime.launch import sizing
 from tests.data import ROPE_DIM, random_prompts, write_checkpoint
 from tests.invariance.runs import Answer, alone, assert_close, assert_same_bits, run
 
@@ -87,7 +88,8 @@ def test_same_bits(base: Base, name: str) -> None:
     assert_same_bits(got, base.answers[1])
 
 
-def test_same_bits_in_bf16(base: Base) -> None:
+def test_same_bits_in_bf16(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "SMALL_MODEL_BYTES", 0)  # as a large model does: everything in bf16
     words = [INVARIANT, "dtype=bfloat16", "tp=1"]
     want = alone(base.folder, base.prompts, [*words, "ep=1"], new_tokens=NEW_TOKENS)
     assert torch.equal(want[1].logits, want[1].logits.bfloat16().float()), "the head is no bf16 product"

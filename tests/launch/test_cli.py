@@ -99,7 +99,7 @@ def test_generate_from_file_to_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     words = ["ep=2", f"prompts={prompts}", f"output={output}", "sampling.max_tokens=3", "sampling.ignore_eos=true"]
     assert main(words) == ExitCode.OK
     text = capsys.readouterr().out
-    for part in ("ep=2 = dp=2 × tp=1", "> def add(a, b):", "tokens/s", "balancedness", "next: python -m moe_runtime"):
+    for part in ("ep=2 = dp=2 × tp=1", "  def add(a, b):█", "tokens/s", "balancedness", "next: python -m moe_runtime"):
         assert part in text
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == ["def add(a, b):", "import os"]

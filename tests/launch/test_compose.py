@@ -135,7 +135,7 @@ BAD = [
     (["engine.max_model_len=9999"], "at most 2048 positions. Nearest: engine.max_model_len=2048."),
     (["sampling.max_tokens=2048"], "Nearest: sampling.max_tokens=2047."),
     (["sampling.min_tokens=33"], "Nearest: sampling.min_tokens=32."),
-    (["engine.kv_cache_bytes=100"], "engine.kv_cache_bytes=100: one page of 16 tokens takes 10240 bytes"),
+    (["engine.kv_cache_bytes=100"], "engine.kv_cache_bytes=100: one page of 16 tokens takes 20480 bytes"),
     (["ep=8", "engine.dispatch_buffer_bytes=3"], "Nearest: engine.dispatch_buffer_bytes="),
     (["engine.max_num_batched_tokens=8"], "Nearest: engine.max_num_seqs=8."),
     (["placement.file=nowhere.json"], "placement.file='nowhere.json' cannot be read"),
@@ -153,7 +153,7 @@ def test_bad_input_is_told_what_to_do(words: list[str], message: str) -> None:
 
 
 def test_nearest_values_are_valid() -> None:
-    for words in (["sampling.max_tokens=2047"], ["engine.kv_cache_bytes=10240"], ["engine.max_model_len=2048"]):
+    for words in (["sampling.max_tokens=2047"], ["engine.kv_cache_bytes=20480"], ["engine.max_model_len=2048"]):
         compose(words)
 
 
