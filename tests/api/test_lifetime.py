@@ -171,6 +171,7 @@ def test_an_error_in_the_engine_releases_every_thread(folder: Path, monkeypatch:
         assert tokens(fresh.generate([[5]], greedy(3))) == alone(folder, [[5]], greedy(3))
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_generate_ends_its_requests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Ctrl-C does: the waiting thread gets KeyboardInterrupt, the engine goes on without the request."""
     with LLM(str(folder), ep=2, overrides=OVERRIDES) as llm:

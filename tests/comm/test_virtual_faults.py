@@ -107,6 +107,7 @@ def test_a_communicator_is_for_its_own_rank_inside_a_run() -> None:
             cluster.run(lambda rank: groups[1].tp.barrier())
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_keyboard_interrupt_in_the_caller_stops_the_ranks() -> None:
     unwound: list[int] = []
     main = threading.main_thread().ident
