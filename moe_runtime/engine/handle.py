@@ -21,6 +21,9 @@ from moe_runtime.engine.request import (
 from moe_runtime.engine.sampler import TokenLogprobs
 from moe_runtime.errors import EngineClosedError
 
+SIGNAL_POLL_S = 1.0
+"""How often a waiting thread looks for signals."""
+
 _CONTEXT_TOKENS = 5
 """Prompt tokens decoded along with the output, as in the detokenizer."""
 
@@ -159,7 +162,12 @@ class RequestHandle:
 
     def wait(self) -> RequestOutput:
         """The next update; for handles that do not stream, the end. EngineClosedError where the engine failed."""
-        return self.read(self._updates.get())
+        while True:
+            try:
+                update = self._updates.get(timeout=SIGNAL_POLL_S)
+            except queue.Empty:
+                continue  # a signal that came just before the wait is seen now
+            return self.read(update)
 
     def read(self, update: RequestOutput | None) -> RequestOutput:
         """What an update says."""
