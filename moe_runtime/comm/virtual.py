@@ -34,7 +34,6 @@ from moe_runtime.types import Pending
 
 T = TypeVar("T")
 SIGNAL_POLL_S = 1.0
-"""How often a waiting caller looks for signals."""
 Job = tuple[Callable[[], Any], "Future[Any]"]
 
 
@@ -214,9 +213,8 @@ class VirtualCluster:
                     interruption.error = self._give_up()
                     raise interruption.error
                 seen = self._hub.switches
-        # A signal that comes just before an endless wait is seen only when that wait ends: Ctrl-C would be lost.
         while not wait([future], timeout=SIGNAL_POLL_S).done:
-            pass
+            pass  # signals are looked for: one that came just before an endless wait would be lost
         return future.result()
 
     def _give_up(self) -> CommunicationError:
