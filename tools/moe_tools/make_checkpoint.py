@@ -1,7 +1,7 @@
 """Write a random DeepSeek-V2 or V3 checkpoint in Hugging Face layout, for tests and benchmarks.
 
-    python -m moe_tools.make_checkpoint --family deepseek_v3 --preset small-1b --output /tmp/small-1b
-    python -m moe_tools.make_checkpoint --output /tmp/v2 --family deepseek_v2 --hidden-size 128 --num-hidden-layers 3
+    python -m moe_tools.make_checkpoint --family deepseek_v3 --preset small-1b --output small-1b
+    python -m moe_tools.make_checkpoint --output tiny-v2 --family deepseek_v2 --hidden-size 128 --num-hidden-layers 3
 
 Any key of config.json can be given as an option (`--rope-theta 50000`, `--rope-scaling '{"type": "yarn", ...}'`).
 Weights are normal(0, 0.02), norms 1, correction biases normal(0, 0.01) in fp32. A tensor depends on seed,
