@@ -27,7 +27,7 @@ from moe_runtime.engine.scheduler import Finished, Scheduler, SchedulerStats
 from moe_runtime.errors import CommunicationError
 
 _PHASES = tuple(Phase)
-_HEADER = 8
+_HEADER = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +235,6 @@ def _encode(step: GroupStep, plan: StepPlan, commands: GroupCommands) -> bytes:
         step.capacity,
         step.num_chunks,
         step.chunk_tokens,
-        0,
     ]
     return np.array(header + plan.to_ints(), dtype=np.int64).tobytes()
 
@@ -246,7 +245,7 @@ def _decode(payload: bytes) -> tuple[list[int], StepPlan]:
 
 
 def _group_step(header: Sequence[int]) -> GroupStep:
-    return GroupStep(_PHASES[header[2]], *header[3:7])
+    return GroupStep(_PHASES[header[2]], *header[3:])
 
 
 def _split_rows(plan: StepPlan) -> tuple[list[tuple[int, int, int, int]], list[int]]:

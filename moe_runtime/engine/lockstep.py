@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from moe_runtime.dispatch.base import DispatchStep, Phase
+from moe_runtime.dispatch.base import Phase
 from moe_runtime.errors import ConfigError
 
 
@@ -107,11 +107,6 @@ class AgreedStep:
     outstanding: tuple[int, ...]
     finished: bool
     faults: tuple[int, ...] = ()
-    micro_batches: int = 1
-
-    def dispatch_step(self, micro_batch: int = 0) -> DispatchStep:
-        """What every dispatch of this step is told (each chunk alike)."""
-        return DispatchStep(self.chunk_tokens, self.phase, micro_batch)
 
 
 def agree(wishes: Sequence[Sequence[int]], *, limits: LockstepLimits) -> AgreedStep:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from moe_kernels.experts import ExpertWeights, expert_mlp_padded, expert_mlp_ragged, prepare_experts
+from moe_kernels.experts import ExpertWeights, expert_mlp_padded, expert_mlp_ragged
 from moe_kernels.swiglu import swiglu
 from torch import Tensor
 
@@ -20,11 +20,6 @@ class Experts:
 
     weights: ExpertWeights
     batch_invariant: bool = False
-
-    @classmethod
-    def from_slots(cls, w13: Tensor, w2: Tensor, *, batch_invariant: bool = False) -> Experts:
-        """`w13 [E, 2I, H]` (gate rows, then up rows) and `w2 [E, H, I]`, one entry per local slot."""
-        return cls(prepare_experts(w13, w2), batch_invariant)
 
     def __call__(self, rows: Rows) -> Tensor:
         """Outputs like `rows.data`; the products run in the weights' dtype. Padding rows are unspecified."""

@@ -33,12 +33,6 @@ class MoEStep:
     phase: Phase
     micro_batch: int = 0
 
-    @classmethod
-    def of(cls, num_real: int, capacity: int, *, phase: Phase, max_chunk_tokens: int) -> MoEStep:
-        """Chunks of at most `max_chunk_tokens`; at least one, so that idle steps stay collective."""
-        chunk_tokens = max(1, min(capacity, max_chunk_tokens))
-        return cls(num_real, capacity, chunk_tokens, max(1, -(-capacity // chunk_tokens)), phase)
-
     def chunks(self) -> Iterator[tuple[slice, DispatchStep]]:
         """Rows of each chunk and its dispatch."""
         for i in range(self.num_chunks):

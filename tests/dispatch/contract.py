@@ -14,8 +14,9 @@ from torch import Tensor
 
 from moe_runtime.comm.base import Communicator
 from moe_runtime.dispatch.base import Dispatcher, DispatchStep, GroupedRows, Layout, PaddedRows, Phase, Rows
-from moe_runtime.dispatch.factory import make_dispatcher, max_chunk_tokens
+from moe_runtime.dispatch.factory import make_dispatcher
 from moe_runtime.dispatch.local import LocalDispatcher
+from moe_runtime.engine.lockstep import LockstepLimits
 from moe_runtime.types import NOWHERE, PhysicalRouting
 
 
@@ -252,14 +253,11 @@ def check_receive_cap(ep: Communicator, backend: Backend, case: Case, cap_bytes:
     meter: Any = Metered(ep)
     dispatcher = backend.make(meter, case.slots)
     x, routing = case.x[ep.rank], case.routing[ep.rank]
-    size = max_chunk_tokens(
-        dispatcher,
-        case.step,
-        hidden=x.shape[1],
-        itemsize=x.itemsize,
-        top_k=routing.expert_ids.shape[1],
-        cap_bytes=cap_bytes,
+    per_token = dispatcher.receive_bytes(
+        DispatchStep(1, Phase.MIXED), x.shape[1], x.itemsize, routing.expert_ids.shape[1]
     )
+    limits = LockstepLimits(receive_bytes_per_token=per_token, receive_bytes_cap=cap_bytes)
+    size = limits.chunk_limit(case.capacity)
     num_chunks = max(1, -(-case.capacity // size))
     outputs = []
     for i in range(num_chunks):

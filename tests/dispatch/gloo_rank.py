@@ -35,7 +35,7 @@ def main(rank: int, world: int, port: int) -> None:
                     contract.check_identity_experts(ep, backend, case)
                     contract.check_origin_of_rows(ep, backend, case)
                 contract.check_two_in_flight(ep, backend, cases[0])
-                cap = backend.make(ep, 2).receive_bytes(DispatchStep(2, Phase.MIXED), 16, 4, 3)
+                cap = 2 * backend.make(ep, 2).receive_bytes(DispatchStep(1, Phase.MIXED), 16, 4, 3)
                 assert contract.check_receive_cap(ep, backend, cases[0], cap) == 3
         ep.barrier()
     except BaseException as error:

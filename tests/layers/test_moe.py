@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from moe_kernels.experts import prepare_experts
 from moe_kernels.gate import GateRule
 from torch import Tensor
 from torch.nn.functional import silu
@@ -125,7 +126,7 @@ def run(weights: Weights, inputs: list[Tensor], variant: Variant, *, num_real: l
             ),
             selector=placement.selector(ep.rank, choice=variant.choice, ranks_per_node=2),
             dispatcher=make_dispatcher(variant.dispatch, ep, num_slots=placement.num_local, layout=variant.layout),
-            experts=Experts.from_slots(w13[slots], w2[slots], batch_invariant=invariant),
+            experts=Experts(prepare_experts(w13[slots], w2[slots]), invariant),
             shared=None if variant.dispatched else shared,
             recorder=recorders[ep.rank],
         )
@@ -135,7 +136,9 @@ def run(weights: Weights, inputs: list[Tensor], variant: Variant, *, num_real: l
         groups = virtual_groups(cluster, dp=variant.ep)
 
         def program(rank: int) -> Tensor:
-            step = MoEStep.of(num_real[rank], capacity, phase=Phase.MIXED, max_chunk_tokens=variant.max_chunk_tokens)
+            chunk_tokens = min(capacity, variant.max_chunk_tokens)
+            num_chunks = -(-capacity // chunk_tokens)
+            step = MoEStep(num_real[rank], capacity, chunk_tokens, num_chunks, Phase.MIXED)
             return layer_of(groups[rank].ep)(inputs[rank], step)
 
         outputs = cluster.run(program)
@@ -237,7 +240,7 @@ def test_slices_of_the_shared_mlp_sum_to_it() -> None:
 
 
 def test_steps_are_cut_into_agreed_chunks() -> None:
-    step = MoEStep.of(3, 7, phase=Phase.MIXED, max_chunk_tokens=3)
+    step = MoEStep(3, capacity=7, chunk_tokens=3, num_chunks=3, phase=Phase.MIXED)
     assert [(rows.start, rows.stop, part.capacity) for rows, part in step.chunks()] == [(0, 3, 3), (3, 6, 3), (6, 7, 1)]
-    idle = MoEStep.of(0, 0, phase=Phase.IDLE, max_chunk_tokens=3)
+    idle = MoEStep(0, capacity=0, chunk_tokens=1, num_chunks=1, phase=Phase.IDLE)
     assert [part for _, part in idle.chunks()] == [DispatchStep(0, Phase.IDLE)]
