@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from moe_runtime.cli.console import Console, count, open_console
 from moe_runtime.cli.next_command import next_command
-from moe_runtime.errors import ConfigError
+from moe_runtime.cli.prompts import OWN_PROMPTS, check_output, read_prompts
+from moe_runtime.errors import ConfigError, MoeRuntimeError, RequestError
 from moe_runtime.launch.compose import Composed, compose
 from moe_runtime.launch.env import TorchrunEnv
 from moe_runtime.launch.placing import expert_placement, num_dispatched_shared
@@ -23,6 +25,7 @@ from moe_runtime.launch.sizing import (
     expert_dtype,
     format_bytes,
     max_model_len,
+    max_num_seqs,
     process_bytes,
     rotary_bytes,
     weight_bytes,
@@ -43,12 +46,13 @@ _BACKENDS = (
 def doctor(words: Sequence[str], *, torchrun: TorchrunEnv | None = None, console: Console | None = None) -> int:
     """Print the report; returns the number of problems. Raises ConfigError where there is no model to speak of."""
     console = open_console() if console is None else console
-    problems: list[ConfigError] = []
+    problems: list[MoeRuntimeError] = []
     try:
         composed = compose(words, torchrun=torchrun, report=problems.append)
     except ConfigError as error:
         problems.append(error)
     else:
+        problems += _file_problems(composed)
         _report(console, composed)
         _show_software(console, composed)
     if problems:
@@ -62,6 +66,22 @@ def doctor(words: Sequence[str], *, torchrun: TorchrunEnv | None = None, console
     return 0
 
 
+def _file_problems(composed: Composed) -> Iterator[MoeRuntimeError]:
+    """What is wrong with the files of prompts and results; nothing is written."""
+    config = composed.config
+    prompts = composed.model_path / OWN_PROMPTS if config.prompts is None else Path(config.prompts)
+    try:
+        if config.prompts is not None:
+            read_prompts(prompts)
+    except (ConfigError, RequestError) as error:
+        yield error
+    try:
+        if config.output is not None:
+            check_output(Path(config.output), prompts=prompts)
+    except ConfigError as error:
+        yield error
+
+
 def _report(console: Console, composed: Composed) -> None:
     try:
         placement = expert_placement(composed.config, composed.model)
@@ -71,7 +91,7 @@ def _report(console: Console, composed: Composed) -> None:
     _show_ranks(console, composed, placement)
     _show_experts(console, composed, placement)
     _show_bytes(console, composed, placement)
-    _show_dispatch(console, composed)
+    _show_dispatch(console, composed, placement)
 
 
 def _show_topology(console: Console, composed: Composed) -> None:
@@ -130,12 +150,9 @@ def _show_experts(console: Console, composed: Composed, placement: ExpertPlaceme
         ),
     ]
     if shared:
-        rows.append(
-            (
-                "shared",
-                f"{shared} with {max(counts[model.n_routed_experts :])} slots each, chosen by every token",
-            )
-        )
+        each = sorted({*counts[model.n_routed_experts :]})
+        slots = str(each[0]) if len(each) == 1 else f"{each[0]} to {each[-1]}"
+        rows.append(("shared", f"{shared} with {slots} slots each, chosen by every token"))
     elif model.n_shared_experts:
         rows.append(("shared", f"{model.n_shared_experts} on every rank, beside the dispatch"))
     console.pairs("experts", rows)
@@ -151,6 +168,7 @@ def _show_bytes(console: Console, composed: Composed, placement: ExpertPlacement
         shared=config.shared_experts,
         itemsize=dtype.itemsize,
         expert_itemsize=expert_dtype(config, model).itemsize,
+        batch_invariant=config.engine.batch_invariant,
     )
     rows = [(part.name.replace("_", " "), format_bytes(getattr(weights, part.name))) for part in fields(weights)]
     rows.append(
@@ -174,26 +192,22 @@ def _show_bytes(console: Console, composed: Composed, placement: ExpertPlacement
         ("dispatch buffers", f"at most {format_bytes(config.engine.dispatch_buffer_bytes)}"),
     ]
     if virtual:
-        rows.append(
-            (
-                "this process",
-                f"{format_bytes(process_bytes(config, model))} for {config.ep} ranks: equal slices are held once",
-            )
-        )
+        held = format_bytes(process_bytes(config, model, num_local_slots=placement.num_local))
+        rows.append(("this process", f"{held} for {count(config.ep, 'rank')}: equal slices are held once"))
     console.pairs("bytes of rank 0", rows)
 
 
-def _show_dispatch(console: Console, composed: Composed) -> None:
+def _show_dispatch(console: Console, composed: Composed, placement: ExpertPlacement) -> None:
     config, model = composed.config, composed.model
     itemsize, cap = compute_dtype(config, model).itemsize, config.engine.dispatch_buffer_bytes
     top_k = model.num_experts_per_tok + num_dispatched_shared(config, model)
-    one = dispatch_bytes(config, model, tokens=1, itemsize=itemsize)
+    one = dispatch_bytes(config, model, num_local_slots=placement.num_local, tokens=1, itemsize=itemsize)
     chunk = max(1, cap // one)
     rows = [
         ("backend", f"{config.dispatch}, top-{top_k}, rows of {format_bytes(model.hidden_size * itemsize)}"),
         ("chunk", f"{chunk} tokens per rank in one dispatch, within engine.dispatch_buffer_bytes={format_bytes(cap)}"),
     ]
-    for phase, tokens in (("decode", config.engine.max_num_seqs), ("prefill", config.engine.max_num_batched_tokens)):
+    for phase, tokens in (("decode", max_num_seqs(config.engine)), ("prefill", config.engine.max_num_batched_tokens)):
         mine = -(-tokens // config.tp)
         need = format_bytes(one * mine)
         rows.append(

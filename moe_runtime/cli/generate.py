@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import threading
@@ -14,10 +15,10 @@ from pathlib import Path
 from torch import Tensor
 
 from moe_runtime.api import LLM
-from moe_runtime.cli.console import Advance, Console, open_console
+from moe_runtime.cli.console import Advance, Console, count, open_console
 from moe_runtime.cli.next_command import next_command
-from moe_runtime.cli.prompts import Prompt, check_output, own_prompts, read_prompts, write_lines
-from moe_runtime.engine.request import RequestOutput, SamplingParams
+from moe_runtime.cli.prompts import OWN_PROMPTS, Prompt, check_output, own_prompts, read_prompts, write_lines
+from moe_runtime.engine.request import CompletionOutput, PositionLogprobs, RequestOutput, SamplingParams
 from moe_runtime.launch.build import LoadProgress, OnProgress
 from moe_runtime.launch.compose import Composed
 from moe_runtime.launch.meeting import Meeting
@@ -38,9 +39,10 @@ def generate(composed: Composed, *, meeting: Meeting | None = None, console: Con
         return 0
     config = composed.config
     console = open_console() if console is None else console
-    prompts = own_prompts(composed.model_path) if config.prompts is None else read_prompts(Path(config.prompts))
+    file = composed.model_path / OWN_PROMPTS if config.prompts is None else Path(config.prompts)
+    prompts = own_prompts(composed.model_path) if config.prompts is None else read_prompts(file)
     if config.output is not None:
-        check_output(Path(config.output))
+        check_output(Path(config.output), prompts=file)
     params = SamplingParams(**asdict(config.sampling))
     began = time.perf_counter()
     with _loading(composed, console) as on_progress:
@@ -64,7 +66,7 @@ def generate(composed: Composed, *, meeting: Meeting | None = None, console: Con
 @contextmanager
 def _loading(composed: Composed, console: Console) -> Iterator[OnProgress]:
     layers, ranks = composed.model.num_layers, composed.topology.world if composed.topology.launcher == "virtual" else 1
-    with console.progress(f"loading {composed.config.model} on {ranks} ranks", ranks * layers) as advance:
+    with console.progress(f"loading {composed.config.model} on {count(ranks, 'rank')}", ranks * layers) as advance:
         done = 0
 
         def on_progress(progress: LoadProgress) -> None:
@@ -76,10 +78,10 @@ def _loading(composed: Composed, console: Console) -> Iterator[OnProgress]:
 
 
 @contextmanager
-def _generating(console: Console, llm: LLM, count: int) -> Iterator[None]:
+def _generating(console: Console, llm: LLM, num_prompts: int) -> Iterator[None]:
     """Shows the steps while the block runs; a clock thread reads the engine's public counters."""
     over = threading.Event()
-    with console.progress(f"generating for {count} prompts", 0) as advance:
+    with console.progress(f"generating for {count(num_prompts, 'prompt')}", 0) as advance:
         watcher = threading.Thread(target=_watch, args=(llm, advance, over), name="progress", daemon=True)
         watcher.start()
         try:
@@ -164,6 +166,32 @@ def _show_balance(console: Console, rank_load: Tensor) -> None:
     )
 
 
+def _extras(output: RequestOutput, part: CompletionOutput) -> dict[str, object]:
+    """What only some rows have."""
+    found = {
+        "stop_reason": part.stop_reason,
+        "error": part.error,
+        "cumulative_logprob": part.cumulative_logprob,
+        "logprobs": None if part.logprobs is None else [_logprobs(position) for position in part.logprobs],
+        "prompt_logprobs": None
+        if output.prompt_logprobs is None
+        else [None if position is None else _logprobs(position) for position in output.prompt_logprobs],
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _logprobs(position: PositionLogprobs) -> dict[str, dict[str, object]]:
+    """By token id. A probability of 0 has a null for its logarithm, which JSON cannot write."""
+    return {
+        str(token): {
+            "logprob": entry.logprob if math.isfinite(entry.logprob) else None,
+            "rank": entry.rank,
+            "decoded_token": entry.decoded_token,
+        }
+        for token, entry in position.items()
+    }
+
+
 def _rows(prompts: Sequence[Prompt], outputs: Sequence[RequestOutput]) -> Iterator[dict[str, object]]:
     for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         metrics = output.metrics
@@ -176,6 +204,7 @@ def _rows(prompts: Sequence[Prompt], outputs: Sequence[RequestOutput]) -> Iterat
                 "token_ids": list(part.token_ids),
                 "text": part.text,
                 "finish_reason": part.finish_reason,
+                **_extras(output, part),
                 "queue_s": metrics.queue_time_s,
                 "ttft_s": metrics.ttft_s,
                 "tpot_s": metrics.tpot_s,

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator, Sequence
 
-from moe_runtime.launch.compose import Composed
+from moe_runtime.errors import ConfigError
+from moe_runtime.launch.compose import Composed, compose
 
 _PROGRAM = "python -m moe_runtime"
+_OF_ONE_MESH = ("ep=", "tp=", "dp=", "ranks_per_node=", "preset=", "launcher=", "dispatch=", "placement.")
+"""Settings that were made for the mesh at hand, with the cache's size: they rarely fit another one."""
 
 
 def next_command(composed: Composed) -> str:
-    """One shell line, with the user's own settings kept where they still apply."""
+    """One shell line that this machine can run, with the user's own settings kept where they still apply."""
+    for words in _ideas(composed):
+        if _fits(words):
+            return " ".join([_PROGRAM, *map(shlex.quote, words)])
+    return _PROGRAM
+
+
+def _ideas(composed: Composed) -> Iterator[Sequence[str]]:
+    """The best one first."""
     config, words = composed.config, [word for word in composed.words if not word.startswith("job=")]
     if config.job == "doctor":
-        runnable = words if composed.has_weights else [word for word in words if not word.startswith("model=")]
-        return _line(runnable)
-    if config.ep < 32:
-        mesh = ("ep=", "tp=", "dp=", "preset=")
-        return _line([word for word in words if not word.startswith(mesh)], "ep=320")
-    if config.preset == "none":
-        return f"{_PROGRAM} preset=v3_decode_ep320"
-    return f"{_PROGRAM} job=doctor model=deepseek_v3 preset={config.preset}"
+        yield words
+        yield [word for word in words if not word.startswith("model=")]
+    elif config.ep < 32:
+        yield [*(word for word in words if not word.startswith((*_OF_ONE_MESH, "engine.kv_cache_bytes="))), "ep=320"]
+    elif config.preset == "none":
+        yield ["preset=v3_decode_ep320"]
+    else:
+        yield ["job=doctor", "model=deepseek_v3", f"preset={config.preset}"]
 
 
-def _line(words: list[str], *more: str) -> str:
-    return " ".join([_PROGRAM, *map(shlex.quote, [*words, *more])])
+def _fits(words: Sequence[str]) -> bool:
+    try:
+        composed = compose(words)
+    except ConfigError:
+        return False
+    return composed.has_weights or composed.config.job == "doctor"

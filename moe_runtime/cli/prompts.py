@@ -10,6 +10,8 @@ from pathlib import Path
 
 from moe_runtime.errors import ConfigError, RequestError, nearest
 
+OWN_PROMPTS = "prompts.jsonl"
+"""The file of prompts that a model's folder may hold."""
 _EXAMPLES = (
     "def fibonacci(n):\n",
     "import os\nimport sys\n\n\ndef main():\n",
@@ -32,7 +34,7 @@ class Prompt:
 
 def own_prompts(model_folder: Path) -> tuple[Prompt, ...]:
     """The prompts.jsonl of the model's folder, or a few examples."""
-    file = model_folder / "prompts.jsonl"
+    file = model_folder / OWN_PROMPTS
     return read_prompts(file) if file.is_file() else tuple(map(Prompt, _EXAMPLES))
 
 
@@ -51,21 +53,37 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     return tuple(Prompt(line.removesuffix("\r"), line=number) for number, line in lines)
 
 
-def check_output(path: Path) -> None:
-    """Raises ConfigError where the result file could not be written in the end: better now than after the run."""
-    if path.is_dir():
-        raise ConfigError(f"output={path}: is a folder. Name a file in it: output={path / 'results.jsonl'}.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"output={path}: there is no folder {path.parent}. Make it first: mkdir -p '{path.parent}'.")
+def check_output(path: Path, *, prompts: Path) -> None:
+    """Raises ConfigError where the result file could not or should not be written: better now than after the run.
+
+    `prompts`: the file that is being read, if it exists.
+    """
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        _check_output(path, path.resolve(), prompts)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise ConfigError(f"output={path}: cannot be written ({_reason(error)}).") from None
+
+
+def _check_output(path: Path, target: Path, prompts: Path) -> None:
+    if target.is_dir():
+        raise ConfigError(f"output={path}: is a folder. Name a file in it: output={path / 'results.jsonl'}.")
+    if target.exists() and not target.is_file():
+        raise ConfigError(f"output={path}: is no regular file. Name a .jsonl file.")
+    if target.exists() and prompts.exists() and target.samefile(prompts):
+        raise ConfigError(f"output={path}: is the file of prompts, which would be lost. Name another file.")
+    folder = target.parent
+    if not folder.is_dir():
+        raise ConfigError(f"output={path}: there is no folder {folder}. Make it first: mkdir -p '{folder}'.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"output={path}: {path.parent} cannot be written to ({error.strerror}).") from None
+        raise ConfigError(f"output={path}: {folder} cannot be written to ({error.strerror}).") from None
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """JSON lines, all or nothing: readers see the old file or the whole new one."""
+    """JSON lines, all or nothing: readers see the old file or the whole new one. Where `path` is a link, its target."""
+    path = path.resolve()
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp", encoding="utf-8", delete=False
     ) as file:
@@ -82,17 +100,21 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 
 
 def _read(path: Path) -> str:
-    if not path.exists():
-        near = nearest(path.name, _siblings(path))
-        raise ConfigError(f"prompts={path}: no such file.{near} The name is taken as it stands, quotes included.")
-    if path.is_dir():
-        raise ConfigError(f"prompts={path}: is a folder. Name a file of prompts in it.")
     try:
+        if not path.exists():
+            near = nearest(path.name, _siblings(path))
+            raise ConfigError(f"prompts={path}: no such file.{near} The name is taken as it stands, quotes included.")
+        if path.is_dir():
+            raise ConfigError(f"prompts={path}: is a folder. Name a file of prompts in it.")
         return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"prompts={path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts={path}: is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"prompts={path}: cannot be read ({_reason(error)}).") from None
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    return str(error.strerror if isinstance(error, OSError) else error)
 
 
 def _siblings(path: Path) -> Iterator[str]:

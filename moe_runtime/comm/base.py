@@ -95,7 +95,8 @@ class Communicator(Protocol):
     def collect(self, payload: bytes) -> tuple[bytes, ...]:
         """Every rank's payload (any lengths), in rank order."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Wait for messages on their way; no further calls. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +109,8 @@ class Groups:
     tp: Communicator
     ep: Communicator
     location: Location
+
+    def close(self) -> None:
+        """Close all communicators, at the end of the rank's program."""
+        for communicator in (self.world, self.pp, self.dp, self.tp, self.ep):
+            communicator.close()

@@ -127,12 +127,20 @@ def init_process(
             device_id=place if backend == "nccl" else None,
         )
     except RuntimeError as error:
-        absent = [other for other in range(world) if not keys.check([f"here/{other}"])]
-        who = f"{show_ranks(absent)} did not come" if absent else "all came, but could not connect to each other"
-        raise CommunicationError(f"rank {rank} could not join {world} processes in {deadline_s:g} s: {who}.") from error
+        raise CommunicationError(
+            f"rank {rank} could not join {world} processes in {deadline_s:g} s: {_who_is_absent(keys, world)}."
+        ) from error
     whereabouts = Whereabouts(rank, store, run_id=run_id)
     overdue = Overdue(whereabouts, deadline_s=deadline_s) if backend == "nccl" else None
     return Process(rank, world, backend, place, deadline_s, whereabouts, overdue)
+
+
+def _who_is_absent(keys: PrefixStore, world: int) -> str:
+    try:
+        absent = [other for other in range(world) if not keys.check([f"here/{other}"])]
+    except RuntimeError:
+        return "the store where they meet is gone, with the process that served it"
+    return f"{show_ranks(absent)} did not come" if absent else "all came, but could not connect to each other"
 
 
 def torch_timeout(backend: Backend, deadline_s: float) -> timedelta:

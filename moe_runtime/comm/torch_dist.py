@@ -44,7 +44,7 @@ class Begun(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """What communicators over the same ranks share: a device group, a control group and their names for errors."""
+    """What communicators over the same ranks share: a device group and a control group."""
 
     ranks: tuple[int, ...]
     device: Wire
@@ -239,25 +239,43 @@ def torch_dist_groups(mesh: ProcessMesh, process: Process, *, verify: bool = Fal
     return Groups(world, pipeline, data, tensor, expert, location=process.whereabouts.location)
 
 
+def patient_world(process: Process, *, deadline_s: float) -> TorchCommunicator:
+    """All processes on a gloo group of their own, whose waits end after `deadline_s` instead of the process's deadline.
+
+    For work of very different length, such as loading. Every process calls this. Raises CommunicationError.
+    """
+    ranks = tuple(range(process.world))
+    try:
+        link = _link(ranks, "world", process, "gloo", deadline_s=deadline_s)
+    except RuntimeError as error:
+        raise process.whereabouts.report("the meeting of all processes", ranks, error) from error
+    control = Control(link, rank=process.rank, size=len(ranks))
+    return TorchCommunicator("world", Lines(ranks, GlooWire(link, len(ranks)), control), process=process)
+
+
 def _connect(ranks: tuple[int, ...], axis: Axis, process: Process) -> Lines:
     """A device group and a control group over `ranks`. All processes go through the axes in one order."""
-    me = ranks.index(process.rank)
-
-    def link(backend: Backend) -> Link:
-        timeout = torch_timeout(backend, process.deadline_s)
-        made = dist.new_group(
-            list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True, group_desc=axis
-        )
-        assert isinstance(made, dist.ProcessGroup), "this process is one of `ranks`"
-        process.links.append(Link(made))
-        return process.links[-1]
-
     try:
-        control = Control(link("gloo"), rank=me, size=len(ranks))
-        device = link(process.backend)
+        control, device = (
+            _link(ranks, axis, process, backend, deadline_s=process.deadline_s) for backend in ("gloo", process.backend)
+        )
     except RuntimeError as error:
         raise process.whereabouts.report(f"the meeting of group {axis}", ranks, error) from error
+    host = Control(control, rank=ranks.index(process.rank), size=len(ranks))
     if process.overdue is None:
-        return Lines(ranks, GlooWire(device, len(ranks)), control)
+        return Lines(ranks, GlooWire(device, len(ranks)), host)
     process.overdue.groups.append(device.group)
-    return Lines(ranks, NcclWire(device, len(ranks)), control)
+    return Lines(ranks, NcclWire(device, len(ranks)), host)
+
+
+def _link(ranks: tuple[int, ...], axis: Axis, process: Process, backend: Backend, *, deadline_s: float) -> Link:
+    made = dist.new_group(
+        list(ranks),
+        timeout=torch_timeout(backend, deadline_s),
+        backend=backend,
+        use_local_synchronization=True,
+        group_desc=axis,
+    )
+    assert isinstance(made, dist.ProcessGroup), "this process is one of `ranks`"
+    process.links.append(Link(made))
+    return process.links[-1]

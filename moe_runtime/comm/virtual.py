@@ -28,12 +28,12 @@ from moe_runtime.comm import collectives as c
 from moe_runtime.comm.base import Groups, Location
 from moe_runtime.comm.hub import Hub, Interruption
 from moe_runtime.comm.rendezvous import Rendezvous
+from moe_runtime.comm.waiting import await_result, await_thread
 from moe_runtime.errors import CommunicationError, ConfigError, EngineClosedError
 from moe_runtime.parallel.mesh import AXES, Axis, ProcessMesh
 from moe_runtime.types import Pending
 
 T = TypeVar("T")
-SIGNAL_POLL_S = 1.0
 Job = tuple[Callable[[], Any], "Future[Any]"]
 
 
@@ -176,7 +176,7 @@ class VirtualCluster:
         """`fn()` on the cluster's thread, after the runs and calls that came before it."""
         if threading.current_thread() is self._thread:
             return fn()
-        return self._submit(fn).result()
+        return await_result(self._submit(fn))
 
     def run(self, fn: Callable[[int], T]) -> list[T]:
         """`fn(rank)` on every rank until all have returned; their results in rank order.
@@ -213,9 +213,7 @@ class VirtualCluster:
                     interruption.error = self._give_up()
                     raise interruption.error
                 seen = self._hub.switches
-        while not wait([future], timeout=SIGNAL_POLL_S).done:
-            pass  # signals are looked for: one that came just before an endless wait would be lost
-        return future.result()
+        return await_result(future)
 
     def _give_up(self) -> CommunicationError:
         rank = self._hub.running
@@ -245,7 +243,7 @@ class VirtualCluster:
             self._closed = True
             self._end()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            await_thread(self._thread)
 
     def __enter__(self) -> VirtualCluster:
         return self

@@ -17,8 +17,8 @@ from moe_runtime.cache.latent import LatentKVCache
 from moe_runtime.cache.pages import PagePool
 from moe_runtime.comm.base import Groups
 from moe_runtime.config import RuntimeConfig
-from moe_runtime.dispatch.base import DispatchStep, Phase
 from moe_runtime.dispatch.factory import make_dispatcher
+from moe_runtime.dispatch.rows import RowLayout
 from moe_runtime.engine.engine import Leader, Owner, RankEngine
 from moe_runtime.engine.lockstep import LockstepLimits, Padding
 from moe_runtime.engine.request import Request
@@ -28,8 +28,17 @@ from moe_runtime.engine.scheduler import Scheduler
 from moe_runtime.engine.sequence import SchedulerLimits, check_request
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.compose import Composed
-from moe_runtime.launch.placing import expert_placement, num_dispatched_shared, num_logical_experts
-from moe_runtime.launch.sizing import CacheSize, cache_size, compute_dtype, expert_dtype, max_model_len
+from moe_runtime.launch.device import process_device
+from moe_runtime.launch.placing import expert_placement, num_logical_experts
+from moe_runtime.launch.sizing import (
+    CacheSize,
+    cache_size,
+    compute_dtype,
+    dispatch_bytes,
+    expert_dtype,
+    max_model_len,
+    max_num_seqs,
+)
 from moe_runtime.loading.checkpoint import Checkpoint
 from moe_runtime.loading.shard import check_tensors
 from moe_runtime.loading.source import CheckpointSource
@@ -66,8 +75,10 @@ class ProcessParts:
     num_read_bytes: Callable[[], int]
 
     @classmethod
-    def open(cls, composed: Composed, *, ranks_in_process: int) -> ProcessParts:
+    def open(cls, composed: Composed, *, ranks_in_process: int, local_rank: int = 0) -> ProcessParts:
         """Check configuration and checkpoint against each other, from headers alone; nothing is loaded yet.
+
+        `local_rank`: this process's number among those of the machine, which decides its GPU.
 
         Raises ConfigError and CheckpointError.
         """
@@ -77,7 +88,7 @@ class ProcessParts:
                 f"model={config.model}: a shape without weights, for job=doctor. "
                 "Give a checkpoint folder, or model=demo."
             )
-        dtype, device = compute_dtype(config, model), torch.device(config.device)
+        dtype, device = compute_dtype(config, model), process_device(config.device, local_rank=local_rank)
         placement = expert_placement(config, model)
         checkpoint = Checkpoint.open(composed.model_path)
         specs = tensor_specs(model)
@@ -96,7 +107,7 @@ class ProcessParts:
         engine = self.config.engine
         return SchedulerLimits(
             max_num_batched_tokens=engine.max_num_batched_tokens,
-            max_num_seqs=engine.max_num_seqs,
+            max_num_seqs=max_num_seqs(engine),
             max_model_len=max_model_len(engine, self.model),
             vocab_size=self.model.vocab_size,
             eos_token_ids=self.model.eos_token_ids,
@@ -127,7 +138,8 @@ def build_engine(
     config, model, engine = parts.config, parts.model, parts.config.engine
     logical = num_logical_experts(config, model)
     recorder = LoadRecorder(len(model.moe_layers), logical, device=parts.device)
-    dispatcher = make_dispatcher(config.dispatch, groups.ep, num_slots=parts.placement.num_local, device=parts.device)
+    rows = RowLayout(parts.placement.num_local)
+    dispatcher = make_dispatcher(config.dispatch, groups.ep, rows=rows, device=parts.device)
     choice = ReplicaChoice(config.placement.replica_choice)
     assembly = Assembly(
         config=model,
@@ -154,8 +166,9 @@ def build_engine(
         dtype=parts.dtype,
         device=parts.device,
     )
-    top_k = model.num_experts_per_tok + num_dispatched_shared(config, model)
-    one_token = dispatcher.receive_bytes(DispatchStep(1, Phase.MIXED), model.hidden_size, parts.dtype.itemsize, top_k)
+    one_token = dispatch_bytes(
+        config, model, num_local_slots=parts.placement.num_local, tokens=1, itemsize=parts.dtype.itemsize
+    )
     return RankEngine(
         groups=groups,
         runner=Runner(weights, cache, mesh.tp, mesh.tp_rank, engine.batch_invariant, parts.device),

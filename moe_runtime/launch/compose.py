@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -52,7 +53,7 @@ def compose(words: Sequence[str], *, torchrun: TorchrunEnv | None = None, report
     path = model_path(str(values["model"]))
     model = load_config(path)
     topology = _topology(values, model, torchrun, report)
-    values |= {"ep": topology.ep, "tp": topology.tp, "dp": topology.dp, "pp": topology.pp}
+    values |= {name: getattr(topology, name) for name in ("ep", "tp", "dp", "pp", "ranks_per_node")}
     config = replace(build_config(values), launcher=topology.launcher)
     for problem in conflicts(config, model, has_weights=path.is_dir()):
         report(problem)
@@ -72,7 +73,7 @@ def compose_tree(overrides: Overrides, *, report: Report = fail) -> dict[str, ob
     words = [f"preset={overrides.preset}", *(word for word in overrides.grammar if word not in unreadable)]
     folder = data_path("configs")
     try:
-        with _HYDRA, hydra.initialize_config_dir(config_dir=str(folder), version_base="1.3"):
+        with _HYDRA, _own_hydra(), hydra.initialize_config_dir(config_dir=str(folder), version_base="1.3"):
             composed = hydra.compose("config", overrides=words)
         tree = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
@@ -83,7 +84,29 @@ def compose_tree(overrides: Overrides, *, report: Report = fail) -> dict[str, ob
         for section in sections:
             place = place[section]
         place[leaf] = value
+    _drop_what_follows(tree, overrides.given)
     return tree
+
+
+def _drop_what_follows(tree: dict[str, Any], given: frozenset[str]) -> None:
+    """A preset fixes all of ep, tp and dp; where the command line sets one or two, one of the others follows anew."""
+    sizes = {name for name in ("ep", "tp", "dp") if name in given and tree[name] is not None}
+    if 0 < len(sizes) < 3:
+        follower = next(name for name in ("dp", "ep", "tp") if name not in sizes)
+        tree[follower] = None
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Hydra's process-wide state is free within the block, also inside a program that Hydra itself started."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    state = GlobalHydra.instance()
+    before, state.hydra = state.hydra, None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = before  # by now another object
 
 
 def _unreadable(word: str) -> str:
@@ -101,21 +124,17 @@ def _unreadable(word: str) -> str:
 
 
 def _topology(values: dict[str, object], model: ModelConfig, torchrun: TorchrunEnv | None, report: Report) -> Topology:
-    """The mesh asked for or, where that is contradictory and reported, the one that follows from ep alone."""
-    world = None if torchrun is None else torchrun.world_size
+    """The mesh asked for; what contradicts itself is reported and left out."""
     given = cast(dict[str, Any], values)
-    try:
-        return resolve(
-            ep=given["ep"],
-            tp=given["tp"],
-            dp=given["dp"],
-            num_heads=model.num_heads,
-            pp=given["pp"],
-            ranks_per_node=given["ranks_per_node"],
-            launcher=given["launcher"],
-            torchrun_world=world,
-        )
-    except ConfigError as error:
-        report(error)
-        ep = given["ep"]
-        return resolve(ep=ep, tp=None, dp=None, num_heads=model.num_heads, ranks_per_node=given["ranks_per_node"])
+    return resolve(
+        ep=given["ep"],
+        tp=given["tp"],
+        dp=given["dp"],
+        num_heads=model.num_heads,
+        pp=given["pp"],
+        ranks_per_node=given["ranks_per_node"],
+        launcher=given["launcher"],
+        torchrun_world=None if torchrun is None else torchrun.world_size,
+        torchrun_local_world=None if torchrun is None else torchrun.local_world_size,
+        report=report,
+    )

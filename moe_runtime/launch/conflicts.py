@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 
+import torch
 from moe_models.base import ModelConfig
 
-from moe_runtime.config import RuntimeConfig
-from moe_runtime.errors import ConfigError
-from moe_runtime.launch.placing import expert_placement, num_dispatched_shared
+from moe_runtime.config import PlacementConfig, RuntimeConfig
+from moe_runtime.engine.request import SamplingParams
+from moe_runtime.errors import ConfigError, RequestError
+from moe_runtime.launch.placing import num_dispatched_shared, num_local_slots
 from moe_runtime.launch.sizing import (
     cache_size,
     compute_dtype,
     dispatch_bytes,
     format_bytes,
-    max_model_len,
     process_bytes,
 )
 
@@ -27,59 +29,54 @@ def conflicts(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -
         return
     if config.shared_experts == "dispatched" and not model.n_shared_experts:
         yield ConfigError("shared_experts=dispatched: the model has no shared experts. Set shared_experts=replicated.")
+    if has_weights:
+        yield from _device(config)
     if config.dispatch == "local" and config.ep > 1:
         yield ConfigError(
             f"dispatch=local: reaches the experts of one rank, and ep={config.ep}. Set dispatch=all_to_all."
         )
-    yield from _placement(config, model)
+    yield from _sampling(config)
     yield from _lengths(config, model)
-    yield from _memory(config, model, has_weights=has_weights)
-
-
-def _placement(config: RuntimeConfig, model: ModelConfig) -> Iterator[ConfigError]:
-    if config.placement.file is None:
-        return
-    if config.placement.num_redundant_experts:
+    if config.placement.file is not None and config.placement.num_redundant_experts:
         yield ConfigError(
             f"placement.num_redundant_experts={config.placement.num_redundant_experts}: placement.file decides "
             "the copies. Set placement.num_redundant_experts=0 or leave the file out."
         )
     try:
-        expert_placement(config, model)
+        slots = num_local_slots(config, model)
     except ConfigError as error:
         yield error
+        slots = num_local_slots(replace(config, placement=PlacementConfig()), model)  # to look for further problems
+    yield from _memory(config, model, slots, has_weights=has_weights)
+
+
+def _device(config: RuntimeConfig) -> Iterator[ConfigError]:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        yield ConfigError("device=cuda: this machine or this torch build has no CUDA device. Set device=cpu.")
+
+
+def _sampling(config: RuntimeConfig) -> Iterator[ConfigError]:
+    try:
+        SamplingParams(**asdict(config.sampling))
+    except RequestError as error:
+        yield ConfigError(f"sampling.{error}")
 
 
 def _lengths(config: RuntimeConfig, model: ModelConfig) -> Iterator[ConfigError]:
-    engine, sampling, limit = config.engine, config.sampling, model.max_position_embeddings
-    if engine.max_model_len is not None and engine.max_model_len > limit:
+    asked, limit = config.engine.max_model_len, model.max_position_embeddings
+    if asked is not None and asked > limit:
         yield ConfigError(
-            f"engine.max_model_len={engine.max_model_len}: the model was made for at most {limit} positions. "
+            f"engine.max_model_len={asked}: the model was made for at most {limit} positions. "
             f"Nearest: engine.max_model_len={limit}."
         )
-    length = min(limit, max_model_len(engine, model))
-    if sampling.max_tokens >= length:
-        yield ConfigError(
-            f"sampling.max_tokens={sampling.max_tokens}: at most {length - 1} fit into {length} positions "
-            f"beside a prompt. Nearest: sampling.max_tokens={length - 1}."
-        )
-    if sampling.min_tokens > sampling.max_tokens:
-        yield ConfigError(
-            f"sampling.min_tokens={sampling.min_tokens}: must be at most sampling.max_tokens={sampling.max_tokens}. "
-            f"Nearest: sampling.min_tokens={sampling.max_tokens}."
-        )
-    if engine.max_num_batched_tokens < engine.max_num_seqs:
-        yield ConfigError(
-            f"engine.max_num_batched_tokens={engine.max_num_batched_tokens}: must hold one token of each of "
-            f"engine.max_num_seqs={engine.max_num_seqs} sequences. "
-            f"Nearest: engine.max_num_seqs={engine.max_num_batched_tokens}."
-        )
 
 
-def _memory(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -> Iterator[ConfigError]:
+def _memory(
+    config: RuntimeConfig, model: ModelConfig, num_local_slots: int, *, has_weights: bool
+) -> Iterator[ConfigError]:
     itemsize = compute_dtype(config, model).itemsize
     cap = config.engine.dispatch_buffer_bytes
-    one = dispatch_bytes(config, model, tokens=1, itemsize=itemsize)
+    one = dispatch_bytes(config, model, num_local_slots=num_local_slots, tokens=1, itemsize=itemsize)
     if one > cap:
         yield ConfigError(
             f"engine.dispatch_buffer_bytes={cap}: a rank may receive {one} bytes when each of ep={config.ep} ranks "
@@ -93,10 +90,15 @@ def _memory(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -> 
     except ConfigError as error:
         yield error
         return
-    needed, there = process_bytes(config, model), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if has_weights and config.device == "cpu" and config.launcher == "virtual" and needed > there:
+    if not has_weights or config.device != "cpu" or config.launcher == "torchrun":
+        return
+    processes = config.ep if config.launcher == "process" else 1
+    needed = processes * process_bytes(config, model, num_local_slots=num_local_slots)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        place = f"{config.ep} ranks in one process" if processes == 1 else f"{processes} processes"
         yield ConfigError(
-            f"launcher=virtual: {config.ep} ranks in one process need {format_bytes(needed)} for weights and cache, "
+            f"launcher={config.launcher}: {place} need {format_bytes(needed)} for weights and cache, "
             f"and this machine has {format_bytes(there)}. Lower ep, placement.num_redundant_experts or "
             "engine.kv_cache_bytes."
         )

@@ -37,18 +37,23 @@ def shape_names() -> tuple[str, ...]:
 
 
 def model_path(model: str) -> Path:
-    """The checkpoint folder that `model` names, or the JSON file of a shape without weights.
+    """The checkpoint folder that `model` names, or the JSON file of a shape without weights. Known names come first:
+    a folder that is called like one is ./demo.
 
     Raises ConfigError: for a hub id with the download command, otherwise with the nearest name.
     """
     from moe_models.registry import resolve_folder  # torch, which --help does without
 
-    if Path(model).exists() or "/" in model or model.startswith("~"):
-        return resolve_folder(model)
     if model == "demo":
         return data_path("models", "demo")
     if model in shape_names():
         return data_path("configs", "shapes", f"{model}.json")
+    try:
+        if "/" in model or model.startswith("~") or Path(model).exists():
+            return resolve_folder(model)
+    except (OSError, RuntimeError) as error:  # RuntimeError: whose home ~name is, nobody knows
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"model={model}: cannot be read ({reason}). Give a checkpoint folder.") from None
     known = ("demo", *shape_names())
     raise ConfigError(
         f"model={model}: no such folder, nor a known name ({', '.join(known)}). "

@@ -1,9 +1,10 @@
-"""The only user of environment variables: what torchrun tells the processes that it starts, what gloo reads."""
+"""The only user of environment variables: what torchrun tells its processes, what gloo and a child Python read."""
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +22,16 @@ class TorchrunEnv:
     world_size: int
     local_rank: int
     local_world_size: int
-    node_rank: int
     master_addr: str
     master_port: int
     agent_store: bool = True
     """Whether torchrun's agent serves the store at that address; else rank 0 does."""
     restart: int = 0
     """How often torchrun has restarted the world."""
+
+    @property
+    def serves_store(self) -> bool:
+        return self.rank == 0 and not self.agent_store
 
 
 def torchrun_env(environ: Mapping[str, str] | None = None) -> TorchrunEnv | None:
@@ -43,12 +47,17 @@ def torchrun_env(environ: Mapping[str, str] | None = None) -> TorchrunEnv | None
         world_size=_number(variables, "WORLD_SIZE"),
         local_rank=_number(variables, "LOCAL_RANK"),
         local_world_size=_number(variables, "LOCAL_WORLD_SIZE"),
-        node_rank=_number(variables, "GROUP_RANK") if "GROUP_RANK" in variables else 0,
         master_addr=_text(variables, "MASTER_ADDR"),
         master_port=_number(variables, "MASTER_PORT"),
         agent_store=variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         restart=_number(variables, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in variables else 0,
     )
+
+
+def child_environment() -> dict[str, str]:
+    """Variables for a child Python started with -P, which then finds every module where this process finds it."""
+    folders = [entry or os.curdir for entry in sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
 
 
 @contextmanager

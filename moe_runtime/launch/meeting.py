@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from moe_runtime.errors import CommunicationError, MoeRuntimeError
+from moe_runtime.errors import CommunicationError
 from moe_runtime.launch.compose import Composed, compose
 from moe_runtime.launch.env import TorchrunEnv
 
@@ -42,51 +43,84 @@ class Meeting:
         from moe_runtime.launch.wire import decode_error, encode_error
 
         value: T | None = None
-        failed, met = f"{self.run_id}/{what}/failed", f"{self.run_id}/{what}/met"
+        failure: Exception | None = None
         try:
             value = work()
-        except (MoeRuntimeError, OSError) as error:
-            self.store.compare_set(failed, "", encode_error(error))
-        else:
-            self.store.compare_set(failed, "", "")
-        if self.store.add(f"{met}/count", 1) == self.place.world_size:
-            self.store.set(met, "all")
-        try:
-            self.store.wait([met], timedelta(seconds=MEETING_DEADLINE_S))
-        except RuntimeError as error:
-            raise CommunicationError(
-                f"rank {self.place.rank}: not every rank was done with {what} within {MEETING_DEADLINE_S:g} s."
-            ) from error
-        if payload := self.store.get(failed):
-            raise decode_error(payload)
+        except Exception as error:  # noqa: BLE001 - whatever it is, every rank must hear of it
+            failure = error
+        with self._named(f"not every rank was done with {what}"):
+            payload = self._first("" if failure is None else encode_error(failure), key=f"{self.run_id}/{what}")
+        if payload:
+            raise decode_error(payload) from failure
         assert value is not None, "work returns something"
         return value
+
+    def _first(self, error: str, *, key: str) -> bytes:
+        """The first error that a rank came with, on all of them; empty where there is none."""
+        self.store.compare_set(f"{key}/failed", "", error)
+        self._count(f"{key}/met")
+        self.store.wait([f"{key}/met"], timedelta(seconds=MEETING_DEADLINE_S))
+        payload: bytes = self.store.get(f"{key}/failed")
+        self.linger(f"{key}/read", last_word=bool(payload))
+        return payload
+
+    def tell(self, decision: str, *, last_word: bool) -> None:
+        """Rank 0's decision on the run, to the others. `last_word`: this process is about to leave."""
+        with self._named("the decision could not be told"):
+            self.store.set(f"{self.run_id}/decision", decision)
+            self.linger(f"{self.run_id}/heard", last_word=last_word)
+
+    def hear(self) -> str:
+        """Rank 0's decision on the run."""
+        key = f"{self.run_id}/decision"
+        with self._named("rank 0 has not decided on a run"):
+            self.store.wait([key], timedelta(seconds=MEETING_DEADLINE_S))
+            decision: str = self.store.get(key).decode()
+            self.linger(f"{self.run_id}/heard", last_word=False)
+        return decision
+
+    def linger(self, key: str, *, last_word: bool) -> None:
+        """Say that this rank has read; where it serves the store and is about to leave, wait until all have."""
+        self._count(key)
+        if last_word and self.place.serves_store:
+            with suppress(RuntimeError):  # one that never comes is torchrun's to report
+                self.store.wait([key], timedelta(seconds=MEETING_DEADLINE_S))
+
+    def _count(self, key: str) -> None:
+        if self.store.add(f"{key}/count", 1) == self.place.world_size:
+            self.store.set(key, "all")
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """A CommunicationError for what torch says of a store that times out or goes away."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise CommunicationError(
+                f"rank {self.place.rank}: {what} within {MEETING_DEADLINE_S:g} s ({str(error).partition(chr(10))[0]})."
+            ) from error
 
 
 def decide(words: Sequence[str], *, torchrun: TorchrunEnv | None) -> tuple[Composed, Meeting | None]:
     """The run that `words` ask for. Under torchrun only rank 0's words count, and all ranks fail together.
 
-    Raises ConfigError for anything that does not fit.
+    Raises ConfigError for anything that does not fit, and CommunicationError where the ranks do not meet.
     """
     if torchrun is None:
         return compose(words), None
     meeting = _meet(torchrun)
-    key = f"{meeting.run_id}/decision"
     from moe_runtime.launch.wire import decode_error, decode_run, encode_error, encode_run
 
     if torchrun.rank == 0:
         try:
             composed = compose(words, torchrun=torchrun)
-        except (MoeRuntimeError, OSError) as error:
-            meeting.store.set(key, _REFUSED + encode_error(error))
+        except Exception as error:
+            with suppress(CommunicationError):
+                meeting.tell(_REFUSED + encode_error(error), last_word=True)
             raise
-        meeting.store.set(key, _RUN + encode_run(composed))
+        meeting.tell(_RUN + encode_run(composed), last_word=False)
         return meeting.together("the configuration", lambda: composed), meeting
-    try:
-        meeting.store.wait([key], timedelta(seconds=MEETING_DEADLINE_S))
-    except RuntimeError as error:
-        raise CommunicationError(f"rank 0 has not decided on a run within {MEETING_DEADLINE_S:g} s.") from error
-    decision = meeting.store.get(key).decode()
+    decision = meeting.hear()
     if decision.startswith(_REFUSED):
         raise decode_error(decision.removeprefix(_REFUSED))
     return meeting.together("the configuration", lambda: decode_run(decision.removeprefix(_RUN))), meeting
@@ -95,8 +129,14 @@ def decide(words: Sequence[str], *, torchrun: TorchrunEnv | None) -> tuple[Compo
 def _meet(place: TorchrunEnv) -> Meeting:
     from moe_runtime.comm.process import host_store, join_store
 
-    if place.rank == 0 and not place.agent_store:
+    if place.serves_store:
         store = host_store(place.master_addr, port=place.master_port, deadline_s=MEETING_DEADLINE_S)
     else:
         store = join_store(place.master_addr, place.master_port, deadline_s=MEETING_DEADLINE_S)
-    return Meeting(place, store, store.add(f"moe_runtime/{place.restart}/runs/{place.rank}", 1))
+    try:
+        number = store.add(f"moe_runtime/{place.restart}/runs/{place.rank}", 1)
+    except RuntimeError as error:
+        raise CommunicationError(
+            f"rank {place.rank}: torchrun's store is gone, with the process that served it."
+        ) from error
+    return Meeting(place, store, number)

@@ -6,7 +6,9 @@ stop strings) therefore never reach it: they are taken as they stand.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from moe_runtime.config import keys
@@ -19,7 +21,7 @@ _HELP = "`python -m moe_runtime --help` lists every key."
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """`preset`: its name. `verbatim`: dotted key → value as typed. `grammar`: words for Hydra, in order."""
+    """`preset`: its name. `verbatim`: dotted key → its value, read here. `grammar`: words for Hydra, in order."""
 
     preset: str
     verbatim: Mapping[str, object]
@@ -35,23 +37,31 @@ def parse_overrides(words: Sequence[str], *, report: Report = fail) -> Overrides
     """Sort the words; the last one of a key wins. What is no `key=value` of ours is reported and left out."""
     known = {key.name: key for key in keys()}
     preset, verbatim, grammar = "none", dict[str, object](), dict[str, str]()
-    for i, word in enumerate(words):
+    left = list(words)
+    while left:
+        word = left.pop(0)
         try:
             if word.startswith("-"):
-                raise ConfigError(_dashes(" ".join(words[i : i + 2]), known))
+                option, _, following = word.partition(" ")
+                if not following and left and _is_value_of(option, left[0], known):
+                    following = left.pop(0)
+                raise ConfigError(_dashes(option, following, known))
             name, value = _split(word, known)
             preset = _preset(value) if name == "preset" else preset
+            found = None if name == "preset" else _value(known[name], value)
+            if found is None and "${" in value:
+                raise ConfigError(f"{word}: values are not looked up by ${{…}}. Write the value itself.")
         except ConfigError as error:
             report(error)
             continue
         if name == "preset":
             continue
-        if _is_verbatim(known[name], value):
-            verbatim[name] = _text(known[name], value)
-            grammar.pop(name, None)
+        verbatim.pop(name, None)
+        grammar.pop(name, None)
+        if found is None:
+            grammar[name] = word
         else:
-            grammar[name] = f"{name}={value}"
-            verbatim.pop(name, None)
+            verbatim[name] = found.value
     return Overrides(preset, verbatim, tuple(grammar.values()))
 
 
@@ -66,8 +76,6 @@ def _split(word: str, known: Mapping[str, Key]) -> tuple[str, str]:
         raise ConfigError(f"{word}: keys cannot be added or deleted. Set an existing one: {name.lstrip('+~')}={value}.")
     if name.startswith("hydra"):
         raise ConfigError(f"{word}: Hydra's own settings have no effect here; nothing is written but `output`. {_HELP}")
-    if "${" in value and name in known and not _is_verbatim(known[name], value):
-        raise ConfigError(f"{word}: values are taken as they stand; ${{…}} is not looked up. Write the value itself.")
     if name not in known:
         inside = [other for other in known if other.startswith(name + ".")]
         if inside:
@@ -76,19 +84,26 @@ def _split(word: str, known: Mapping[str, Key]) -> tuple[str, str]:
     return name, value
 
 
-def _dashes(words: str, known: Mapping[str, Key]) -> str:
-    """`words`: the dashed word and the one after it, which may be its value."""
-    option, _, following = words.partition(" ")
-    name, equals, value = option.lstrip("-").partition("=")
-    name = name.replace("-", "_")
+def _is_value_of(option: str, following: str, known: Mapping[str, Key]) -> bool:
+    """`--ep 320`: whether the second word belongs to the first."""
+    return "=" not in option + following and not following.startswith("--") and _undashed(option) in known
+
+
+def _undashed(option: str) -> str:
+    return option.lstrip("-").replace("-", "_")
+
+
+def _dashes(option: str, following: str, known: Mapping[str, Key]) -> str:
+    """`following`: the word after it where that is its value, else empty."""
+    dashed, _, value = option.partition("=")
+    name = _undashed(dashed)
     if name not in known:
         near = nearest(name, ["help", "version", *known])
         return (
-            f"{option}: unknown option.{near} Options are --help and --version; settings are written key=value. {_HELP}"
+            f"{dashed}: unknown option.{near} Options are --help and --version; settings are written key=value. {_HELP}"
         )
-    if not equals and following and "=" not in following:
-        option, value = words, following
-    return f"{option}: settings are written as key=value, without dashes: {name}={value or 'VALUE'}"
+    shown = f"{option} {following}".rstrip()
+    return f"{shown}: settings are written as key=value, without dashes: {name}={value or following or 'VALUE'}"
 
 
 def _bare_word(word: str, known: Mapping[str, Key]) -> str:
@@ -107,15 +122,36 @@ def _preset(name: str) -> str:
     raise ConfigError(f"preset={name}: no such preset. There are {', '.join(names)}.{nearest(name, names)}")
 
 
-def _is_verbatim(key: Key, value: str) -> bool:
-    """A list may be given as one bare text."""
-    return key.verbatim or (key.name == "sampling.stop" and not value.startswith("["))
+@dataclass(frozen=True, slots=True)
+class _Value:
+    value: object
 
 
-def _text(key: Key, value: str) -> object:
-    if key.optional and value == "null":
+def _value(key: Key, text: str) -> _Value | None:
+    """The value of a key that does not go through Hydra's grammar: a text of the user's own, or a list as JSON.
+
+    A key of texts may be given as one bare text. None: for Hydra. Raises ConfigError where list and text look alike.
+    """
+    if text == "null" and (key.is_list or (key.verbatim and key.optional)):
+        return _Value([] if key.is_list else None)
+    if key.verbatim:
+        return _Value(text)
+    if not key.is_list:
         return None
-    return value if key.verbatim else [value]
+    if text.startswith("["):
+        with suppress(ValueError, RecursionError):
+            return _Value(json.loads(text))
+    if key.name != "sampling.stop":
+        return None
+    if not text.startswith("["):
+        return _Value([text])
+    inner = text.removeprefix("[").removesuffix("]").strip()
+    if inner.startswith(("'", '"')):
+        return None
+    raise ConfigError(
+        f"{key.name}={text}: texts in a list stand in quotes. For a list: '{key.name}={json.dumps([inner])}'; "
+        f"for this text itself: '{key.name}={json.dumps([text])}'."
+    )
 
 
 _NO_KEY = Key("", str, None, "", None, None, False, False, "")

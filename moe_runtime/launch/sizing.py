@@ -6,17 +6,15 @@ H hidden, I expert width, E routed experts, S shared ones, C latent rank, v voca
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import cast
 
 import torch
 from moe_models.base import ModelConfig
 
-from moe_runtime.comm.base import Communicator
 from moe_runtime.config import EngineConfig, RuntimeConfig
-from moe_runtime.dispatch.base import DispatchStep, Phase
-from moe_runtime.dispatch.factory import make_dispatcher
+from moe_runtime.dispatch.factory import receive_bytes
+from moe_runtime.dispatch.rows import RowLayout
 from moe_runtime.errors import ConfigError
-from moe_runtime.launch.placing import expert_placement, num_dispatched_shared
+from moe_runtime.launch.placing import num_dispatched_shared
 from moe_runtime.layers.embedding import vocab_shard
 from moe_runtime.parallel.mesh import ProcessMesh
 
@@ -85,6 +83,7 @@ def weight_bytes(
     shared: str,
     itemsize: int,
     expert_itemsize: int | None = None,
+    batch_invariant: bool = False,
 ) -> WeightBytes:
     """What `mesh.rank` holds. `shared`: "replicated" or "dispatched"; `itemsize` of the compute dtype,
     `expert_itemsize` of the slots where it differs."""
@@ -94,7 +93,7 @@ def weight_bytes(
     bias = model.n_routed_experts if model.topk_method == "noaux_tc" else 0
     return WeightBytes(
         embedding=_embedding_numbers(model, mesh) * itemsize,
-        attention=model.num_layers * _attention_numbers(model, mesh.tp) * itemsize,
+        attention=model.num_layers * _attention_numbers(model, mesh.tp, batch_invariant=batch_invariant) * itemsize,
         norms=(2 * model.num_layers + 1) * hidden * itemsize,
         dense=(model.num_layers - moe_layers) * 3 * hidden * model.intermediate_size * itemsize,
         router=moe_layers * (model.n_routed_experts * hidden + bias) * FP32_BYTES,
@@ -109,13 +108,15 @@ def _embedding_numbers(model: ModelConfig, mesh: ProcessMesh) -> int:
     return (last - first + head_rows) * model.hidden_size
 
 
-def _attention_numbers(model: ModelConfig, tp: int) -> int:
+def _attention_numbers(model: ModelConfig, tp: int, *, batch_invariant: bool) -> int:
     hidden, heads, latent = model.hidden_size, model.num_heads // tp, model.kv_lora_rank
     query_rank, query_width = model.q_lora_rank, heads * model.qk_head_dim
     down_rows = model.latent_dim + (query_rank or 0)
     numbers = down_rows * hidden + latent + heads * (model.qk_nope_head_dim + model.v_head_dim) * latent
     numbers += heads * model.v_head_dim * hidden
     numbers += query_width * hidden if query_rank is None else query_rank + query_width * query_rank
+    if batch_invariant:  # the keys' up-projection is held transposed too
+        numbers += heads * model.qk_nope_head_dim * latent
     return numbers + (down_rows + hidden if model.attention_bias else 0)
 
 
@@ -141,8 +142,13 @@ def max_model_len(engine: EngineConfig, model: ModelConfig) -> int:
     return engine.max_model_len or model.max_position_embeddings
 
 
+def max_num_seqs(engine: EngineConfig) -> int:
+    """Most sequences that run at once: each takes at least one token of a step."""
+    return min(engine.max_num_seqs, engine.max_num_batched_tokens)
+
+
 def cache_size(engine: EngineConfig, model: ModelConfig, *, itemsize: int, ranks_in_process: int = 1) -> CacheSize:
-    """Pages of a rank's cache: what `engine.kv_cache_bytes` holds, or where it is null room for `max_num_seqs`
+    """Pages of a rank's cache: what `engine.kv_cache_bytes` holds, or where it is null room for `max_num_seqs(engine)`
     sequences of full length, within AUTO_KV_BYTES for the process.
 
     Raises ConfigError where not even one page fits.
@@ -151,7 +157,7 @@ def cache_size(engine: EngineConfig, model: ModelConfig, *, itemsize: int, ranks
     page = per_token * engine.page_size
     budget = engine.kv_cache_bytes
     if budget is None:
-        wanted = -(-max_model_len(engine, model) // engine.page_size) * engine.max_num_seqs * page
+        wanted = -(-max_model_len(engine, model) // engine.page_size) * max_num_seqs(engine) * page
         budget = max(page, min(wanted, AUTO_KV_BYTES // ranks_in_process))
     if budget < page:
         raise ConfigError(
@@ -166,35 +172,34 @@ def rotary_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     return max_model_len(engine, model) * model.qk_rope_head_dim * FP32_BYTES
 
 
-def dispatch_bytes(config: RuntimeConfig, model: ModelConfig, *, tokens: int, itemsize: int) -> int:
+def dispatch_bytes(
+    config: RuntimeConfig, model: ModelConfig, *, num_local_slots: int, tokens: int, itemsize: int
+) -> int:
     """Worst case that a rank receives in one dispatch into which every rank brings `tokens`."""
-    num_slots = expert_placement(config, model).num_local
-    # The dispatchers' own arithmetic reads nothing of the communicator but its size.
-    ep = cast(Communicator, _GroupSize(1 if config.dispatch == "local" else config.ep))
-    dispatcher = make_dispatcher(config.dispatch, ep, num_slots=num_slots)
-    top_k = model.num_experts_per_tok + num_dispatched_shared(config, model)
-    return dispatcher.receive_bytes(DispatchStep(tokens, Phase.MIXED), model.hidden_size, itemsize, top_k)
+    return receive_bytes(
+        config.dispatch,
+        ep=config.ep,
+        rows=RowLayout(num_local_slots),
+        tokens=tokens,
+        hidden=model.hidden_size,
+        itemsize=itemsize,
+        top_k=model.num_experts_per_tok + num_dispatched_shared(config, model),
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _GroupSize:
-    size: int
-    rank: int = 0
-
-
-def process_bytes(config: RuntimeConfig, model: ModelConfig) -> int:
+def process_bytes(config: RuntimeConfig, model: ModelConfig, *, num_local_slots: int) -> int:
     """Weights and cache of all ranks of one process: equal slices are held once, expert slots and caches per rank."""
     itemsize = compute_dtype(config, model).itemsize
     ranks, tp = (config.ep, config.tp) if config.launcher == "virtual" else (1, 1)
     mesh = ProcessMesh(dp=config.dp, tp=config.tp, ranks_per_node=config.ranks_per_node)
-    slots = expert_placement(config, model).num_local
     weights = weight_bytes(
         model,
         mesh,
-        num_local_slots=slots,
+        num_local_slots=num_local_slots,
         shared=config.shared_experts,
         itemsize=itemsize,
         expert_itemsize=expert_dtype(config, model).itemsize,
+        batch_invariant=config.engine.batch_invariant,
     )
     cache = cache_size(config.engine, model, itemsize=itemsize, ranks_in_process=ranks)
     split = weights.embedding + weights.attention

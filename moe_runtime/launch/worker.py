@@ -29,6 +29,7 @@ def _serve(place: Mapping[str, Any]) -> int:
     from moe_runtime.comm.process import init_process, join_store
     from moe_runtime.errors import MoeRuntimeError
     from moe_runtime.launch.build import ProcessParts
+    from moe_runtime.launch.device import process_device
     from moe_runtime.launch.env import gloo_on_loopback
     from moe_runtime.launch.executors.process import EXIT_TOLD, RUN_KEY, ready_key
     from moe_runtime.launch.executors.rank import Rank
@@ -38,7 +39,7 @@ def _serve(place: Mapping[str, Any]) -> int:
     rank, world = place["rank"], place["world"]
     store = join_store("127.0.0.1", place["port"], deadline_s=place["deadline_s"])
     composed = decode_run(store.get(RUN_KEY))
-    cuda = composed.config.device == "cuda"
+    config, device = composed.config, process_device(composed.config.device, local_rank=rank)
     store.set(ready_key(rank), "yes")
     try:
         with gloo_on_loopback():
@@ -46,16 +47,17 @@ def _serve(place: Mapping[str, Any]) -> int:
                 rank,
                 world,
                 store=store,
-                backend="nccl" if cuda else "gloo",
+                backend="nccl" if config.device == "cuda" else "gloo",
                 deadline_s=place["deadline_s"],
-                device=f"cuda:{rank}" if cuda else "cpu",
+                device=device,
             )
             served = Rank(
-                lambda: ProcessParts.open(composed, ranks_in_process=1),
+                lambda: ProcessParts.open(composed, ranks_in_process=1, local_rank=rank),
                 process,
                 mesh=composed.topology.mesh(rank),
                 owner=None,
-                num_threads=threads_per_process(composed.config, world),
+                num_threads=threads_per_process(config, world),
+                load_timeout_s=config.load_timeout_s,
                 on_progress=lambda _: None,
             )
         served.serve()

@@ -70,8 +70,8 @@ class ReplicaSelector:
             replica_counts=_pad_last(placement.logcnt, 1).to(device),
         )
 
-    def to_physical(self, layer: int, routing: LogicalRouting, *, first_token: int = 0) -> PhysicalRouting:
-        """Replace logical by physical ids; NOWHERE stays. `first_token`: index of row 0 in the rank's step."""
+    def to_physical(self, layer: int, routing: LogicalRouting) -> PhysicalRouting:
+        """Replace logical by physical ids; NOWHERE stays."""
         ids = routing.expert_ids
         if self.identity[layer]:
             return PhysicalRouting(ids, routing.weights)
@@ -80,7 +80,7 @@ class ReplicaSelector:
             # `take` wraps negative indices: -1 reads the last entry, which is NOWHERE.
             return PhysicalRouting(torch.take(self.fixed[layer], ids), routing.weights)
         tokens, top_k = ids.shape
-        turn = torch.arange(first_token + self.ep_rank, first_token + self.ep_rank + tokens, device=ids.device)
+        turn = torch.arange(self.ep_rank, self.ep_rank + tokens, device=ids.device)
         turn = turn.unsqueeze(1) + torch.arange(top_k, device=ids.device)
         replica = turn % torch.take(self.replica_counts[layer], ids)
         return PhysicalRouting(torch.take(table, torch.add(replica, ids, alpha=table.shape[1])), routing.weights)

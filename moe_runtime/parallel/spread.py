@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import accumulate
 
 
 def replicate(loads: Sequence[float], homes: Sequence[int], num_copies: int) -> list[int]:
@@ -12,7 +13,7 @@ def replicate(loads: Sequence[float], homes: Sequence[int], num_copies: int) -> 
     Ties go to the first expert of each rank, then to the second of each, …: copies of one rank's experts cannot stay
     on that rank, so an even mix is what other ranks have room for.
     """
-    firsts = [sum(homes[:rank]) for rank in range(len(homes))]
+    firsts = accumulate(homes[:-1], initial=0)
     turn = sorted((i, first + i) for first, count in zip(firsts, homes, strict=True) for i in range(count))
     heap = [(-loads[expert], place, expert, 1) for place, (_, expert) in enumerate(turn)]
     heapq.heapify(heap)
@@ -36,29 +37,44 @@ def spread(homes: Sequence[int], copies: Sequence[int], slots: int) -> list[list
     A copy never joins a replica of its own on a rank unless no arrangement avoids it: an augmenting path moves
     earlier copies aside (bipartite matching of copies to ranks, O(copies · ranks) each at worst).
     """
-    ranks: list[list[int]] = []
-    for count in homes:
-        first = sum(len(rank) for rank in ranks)
-        ranks.append(list(range(first, first + count)))
+    shelves = _Shelves(homes, slots)
     for copy in copies:
-        if not _place(copy, ranks, homes, slots, set()):
-            min((rank for rank in ranks if len(rank) < slots), key=len).append(copy)
-    return ranks
+        if not shelves.place(copy, set()):
+            shelves.append(min(shelves.roomy, key=lambda i: len(shelves.ranks[i])), copy)
+    return shelves.ranks
 
 
-def _place(copy: int, ranks: list[list[int]], homes: Sequence[int], slots: int, visited: set[int]) -> bool:
-    """Put `copy` on a rank without it, moving other copies if need be; False (and no change) if there is no way."""
-    open_ranks = [i for i, rank in enumerate(ranks) if copy not in rank and i not in visited]
-    for i in open_ranks:
-        if len(ranks[i]) < slots:
-            ranks[i].append(copy)
-            return True
-    for i in open_ranks:
-        if i in visited:
-            continue
-        visited.add(i)
-        for position in range(homes[i], slots):
-            if _place(ranks[i][position], ranks, homes, slots, visited):
-                ranks[i][position] = copy
+class _Shelves:
+    """The ranks' experts while they are filled. `roomy`: ranks with a free slot, in order."""
+
+    def __init__(self, homes: Sequence[int], slots: int) -> None:
+        ends = list(accumulate(homes))
+        self.homes = homes
+        self.slots = slots
+        self.ranks = [list(range(end - count, end)) for end, count in zip(ends, homes, strict=True)]
+        self.roomy = [i for i, count in enumerate(homes) if count < slots]
+        self._held = [set(rank) for rank in self.ranks]
+
+    def append(self, i: int, copy: int) -> None:
+        self.ranks[i].append(copy)
+        self._held[i].add(copy)
+        if len(self.ranks[i]) == self.slots:
+            self.roomy.remove(i)
+
+    def place(self, copy: int, visited: set[int]) -> bool:
+        """Put `copy` on a rank without it, moving other copies if need be; False (and no change) if there is no way."""
+        for i in self.roomy:
+            if copy not in self._held[i] and i not in visited:
+                self.append(i, copy)
                 return True
-    return False
+        for i, held in enumerate(self._held):
+            if copy in held or i in visited:
+                continue
+            visited.add(i)
+            for position in range(self.homes[i], self.slots):
+                moved = self.ranks[i][position]
+                if self.place(moved, visited):
+                    self.ranks[i][position] = copy
+                    self._held[i] = set(self.ranks[i])
+                    return True
+        return False

@@ -59,8 +59,7 @@ def _run(job: Job, program: GlooProgram) -> Outcome:
     try:
         groups = torch_dist_groups(job.mesh, process, verify=job.verify)
         value = program(groups, job.seed)
-        for comm in (groups.world, groups.pp, groups.dp, groups.tp, groups.ep):
-            comm.close()
+        groups.close()
     except Exception as caught:  # noqa: BLE001 - told to the test
         error = caught
     process.close(error)

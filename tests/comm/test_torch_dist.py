@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Iterator
 
@@ -143,6 +144,14 @@ def test_absent_processes_are_named() -> None:
     store = host_store(deadline_s=5)
     with pytest.raises(CommunicationError, match=r"rank 1 could not join 4 processes in 0.5 s: ranks 0, 2-3 did not"):
         init_process(1, 4, store=store, backend="gloo", deadline_s=0.5)
+
+
+def test_a_store_that_ends_while_processes_meet_is_named() -> None:
+    stores = [host_store(deadline_s=5)]
+    joined = join_store("127.0.0.1", stores[0].port, deadline_s=5)
+    threading.Timer(0.3, stores.clear).start()
+    with pytest.raises(CommunicationError, match="the store where they meet is gone"):
+        init_process(1, 2, store=joined, backend="gloo", deadline_s=3)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_closing() -> None:
     for use in (lambda: cluster.run(lambda rank: rank), lambda: cluster.call(time.monotonic)):
         with pytest.raises(EngineClosedError, match="this virtual cluster is closed"):
             use()
-    groups[0].tp.close()
+    groups[0].close()
     with pytest.raises(EngineClosedError, match="barrier on a closed communicator"):
         groups[0].tp.barrier()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,8 @@ from moe_runtime.cli.app import ExitCode, main
 from moe_runtime.cli.console import PlainConsole, open_console, printable
 from moe_runtime.cli.help import help_text
 from moe_runtime.cli.next_command import next_command
-from moe_runtime.cli.prompts import check_output, read_prompts, write_lines
 from moe_runtime.cli.rich_console import RichConsole
 from moe_runtime.config import keys
-from moe_runtime.errors import ConfigError, RequestError
 from moe_runtime.launch.compose import compose
 from moe_runtime.launch.data import preset_names
 
@@ -93,6 +92,30 @@ def test_doctor_lists_every_problem(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 problems" in capsys.readouterr().out
 
 
+def test_doctor_looks_at_the_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"text": 1}', encoding="utf-8")
+    assert main(["job=doctor", f"prompts={prompts}", f"output={tmp_path}", "sampling.top_p=0"]) == ExitCode.BAD_INPUT
+    text = capsys.readouterr().out
+    for part in ("3 problems", "sampling.top_p is 0", "line 1: has ['text'] but no \"prompt\"", "is a folder"):
+        assert part in text
+    prompts.write_text('{"prompt": "a"}', encoding="utf-8")
+    assert main(["job=doctor", f"prompts={prompts}", f"output={prompts}"]) == ExitCode.BAD_INPUT
+    assert "is the file of prompts" in capsys.readouterr().out
+
+
+def test_doctor_shows_what_runs_at_once_and_all_slot_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "decode   8 tokens per rank" in _doctor(capsys, "engine.max_num_batched_tokens=8")
+    words = ["model=deepseek_v2_lite", "shared_experts=dispatched", "placement.num_redundant_experts=1"]
+    assert "2 with 1 to 2 slots each" in _doctor(capsys, *words)
+
+
+def test_doctor_of_thousands_of_ranks_takes_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    began = time.monotonic()
+    assert "4000 ranks" in _doctor(capsys, "ep=4000", "placement.num_redundant_experts=40000")
+    assert time.monotonic() - began < 20, "2 s on an idle machine"
+
+
 def test_generate_from_file_to_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts, output = tmp_path / "my prompts,v2.txt", tmp_path / "out(1).jsonl"
     prompts.write_text("def add(a, b):\n\nimport os\n", encoding="utf-8")
@@ -115,73 +138,6 @@ def test_a_prompt_that_can_never_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
     prompts.write_text(json.dumps({"prompt": [5] * 3000}), encoding="utf-8")
     assert main([f"prompts={prompts}"]) == ExitCode.BAD_INPUT
     assert "RequestError: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["my prompts,v2.txt", "a=b.txt", "[x].txt", "out(1).jsonl"])
-def test_prompt_files(name: str, tmp_path: Path) -> None:
-    file = tmp_path / name
-    file.write_text('{"prompt": "a\\nb"}\n\n{"prompt": [1, 2], "id": 7}\n', encoding="utf-8")
-    text, ids = read_prompts(file)
-    assert (text.value, ids.value, ids.line) == ("a\nb", (1, 2), 3)
-
-
-def test_text_prompts_keep_blanks_and_lose_line_ends(tmp_path: Path) -> None:
-    file = tmp_path / "p.txt"
-    file.write_bytes("\ufeff  x = 1\r\n\r\ny \u2028z\n".encode())
-    assert [prompt.value for prompt in read_prompts(file)] == ["  x = 1", "y \u2028z"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"\n \n", "holds no prompt"),
-        (b"\xff\xfe", "is not UTF-8 text (byte 0)"),
-        (b'{"prompt": "a"}\nnot json', "line 2: is not JSON"),
-        (b'{"prompt": "a"}\n{"text": "b"}', "line 2: has ['text'] but no \"prompt\""),
-        (b'{"prompt": "a"}\n{"prompt": ""}', "line 2: the prompt is empty"),
-        (b'{"prompt": "a"}\n{"prompt": []}', "line 2: the prompt is empty"),
-        (
-            b'{"prompt": "a"}\n{"prompt": [1, -2]}',
-            "line 2: the prompt is [1, -2]; must be a text or a list of token ids",
-        ),
-        (b'{"prompt": "a"}\n{"prompt": [true]}', "line 2: the prompt is [True]"),
-        (b'{"prompt": "a\\ud800"}', "half of a surrogate pair"),
-    ],
-)
-def test_bad_prompt_files(content: bytes, message: str, tmp_path: Path) -> None:
-    file = tmp_path / "bad"
-    file.write_bytes(content)
-    with pytest.raises((ConfigError, RequestError)) as caught:
-        read_prompts(file)
-    assert message in str(caught.value)
-
-
-def test_missing_prompt_file_names_its_neighbour(tmp_path: Path) -> None:
-    (tmp_path / "prompts,v2.txt").touch()
-    with pytest.raises(ConfigError, match=r"no such file\. Did you mean 'prompts,v2\.txt'"):
-        read_prompts(tmp_path / "prompts,v1.txt")
-    with pytest.raises(ConfigError, match="is a folder"):
-        read_prompts(tmp_path)
-
-
-def test_output_is_checked_before_the_run(tmp_path: Path) -> None:
-    check_output(tmp_path / "a.jsonl")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ConfigError, match="mkdir -p"):
-        check_output(tmp_path / "no" / "a.jsonl")
-    with pytest.raises(ConfigError, match="is a folder"):
-        check_output(tmp_path)
-
-
-def test_output_is_whole_or_absent(tmp_path: Path) -> None:
-    file = tmp_path / "a=b, [c].jsonl"
-    file.write_text("old", encoding="utf-8")
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_lines(file, [{"x": 1}, {"x": float("nan")}])
-    assert file.read_text(encoding="utf-8") == "old"
-    write_lines(file, [{"x": "ü\u2028"}])
-    assert [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] == [{"x": "ü\u2028"}]
-    assert list(tmp_path.iterdir()) == [file]
 
 
 class _Terminal(io.StringIO):
@@ -216,3 +172,17 @@ def test_next_commands_can_be_typed() -> None:
     assert "job=doctor model=deepseek_v3 preset=ep128" in next_command(compose(["preset=ep128"]))
     quoted = next_command(compose(["prompts=my prompts,v2.txt"]))
     assert "'prompts=my prompts,v2.txt'" in quoted
+
+
+@pytest.mark.parametrize(
+    ("words", "suggested"),
+    [
+        (["launcher=process", "ep=2", "engine.kv_cache_bytes=1GiB"], "ep=320"),
+        (["dispatch=local", "ranks_per_node=1", "seed=3"], "seed=3 ep=320"),
+        (["ep=2", "placement.num_redundant_experts=512"], "ep=320"),
+        (["job=doctor", "model=deepseek_v3", "preset=ep128"], "preset=ep128"),
+        (["job=doctor", "model=deepseek_v3", "engine.max_model_len=100000"], ""),
+    ],
+)
+def test_next_commands_run_here(words: list[str], suggested: str) -> None:
+    assert next_command(compose(words)) == f"python -m moe_runtime {suggested}".rstrip()

@@ -22,7 +22,7 @@ def _values(tree: dict[str, object]) -> dict[str, object]:
 def test_yaml_defaults_equal_the_dataclasses() -> None:
     composed = _values(compose_tree(parse_overrides([])))
     assert composed == _values({})
-    assert build_config(composed | {"ep": 1, "tp": 1, "dp": 1}) == RuntimeConfig()
+    assert build_config(composed | {"ep": 1, "tp": 1, "dp": 1, "ranks_per_node": 8}) == RuntimeConfig()
 
 
 def test_yaml_names_every_key() -> None:
@@ -70,10 +70,12 @@ def test_values_are_read(tree: dict[str, object], name: str, value: object) -> N
     [
         ({"ep": True}, "ep=true: must be a whole number, at least 1."),
         ({"ep": 2.5}, "ep=2.5: must be a whole number"),
-        ({"seed": None}, "seed=null: must be a whole number, at least 0."),
+        ({"seed": None}, "seed=null: must be a whole number, between 0 and 9223372036854775807."),
         ({"engine": 3}, "engine=3: is a group of keys"),
         ({"engine": {"page_sze": 3}}, "engine.page_sze: unknown key. Did you mean 'engine.page_size'?"),
         ({"engine": {"page_size": 2000}}, "must be between 1 and 1024. Nearest: engine.page_size=1024."),
+        ({"seed": 2**63}, "must be between 0 and 9223372036854775807. Nearest: seed=9223372036854775807."),
+        ({"sampling": {"seed": 2**63}}, "Nearest: sampling.seed=9223372036854775807."),
         ({"sampling": {"top_p": float("nan")}}, "sampling.top_p=nan: must be between 0 and 1."),
         ({"sampling": {"stop_token_ids": [1, True]}}, "sampling.stop_token_ids=[1,True]: must be a list of whole"),
         ({"model": ""}, "model=(nothing): must be a text."),

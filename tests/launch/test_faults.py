@@ -132,6 +132,20 @@ def test_a_checkpoint_that_nobody_can_open(folder: Path, tmp_path: Path, capfd: 
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_rank_that_loads_for_longer_than_the_timeout_of_a_step(folder: Path) -> None:
+    composed = compose([f"model={folder}", "ep=2", "launcher=process", "comm_timeout_s=4"])
+    with LLM.from_composed(composed, on_progress=lambda _: time.sleep(2.0)) as llm:
+        assert tokens(llm.generate([[5]], greedy(3))) == alone(folder, [[5]], greedy(3))
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_ends_loading_is_waited_for_so_long(folder: Path) -> None:
+    composed = compose([f"model={folder}", "ep=2", *PROCESS, "load_timeout_s=1"])
+    with pytest.raises(CommunicationError, match="rank 0 waited .* in collect #0 of world"):
+        LLM.from_composed(composed, on_progress=lambda _: time.sleep(1.5))
+    assert workers() == []
+
+
 SCRIPT = """
 import sys
 from moe_runtime import LLM, SamplingParams

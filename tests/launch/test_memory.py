@@ -18,6 +18,7 @@ import json, sys
 import torch
 from moe_runtime.api import LLM
 from moe_runtime.launch.compose import compose
+from moe_runtime.launch.placing import num_local_slots
 from moe_runtime.launch.sizing import process_bytes
 import moe_runtime.launch.executors.virtual, transformers
 torch.set_num_threads(1)
@@ -33,7 +34,9 @@ open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew from what 
 before = status("VmRSS")
 with LLM.from_composed(composed) as llm:
     after = status("VmHWM")
-print(json.dumps({"stated": process_bytes(composed.config, composed.model), "grown": after - before}))
+slots = num_local_slots(composed.config, composed.model)
+stated = process_bytes(composed.config, composed.model, num_local_slots=slots)
+print(json.dumps({"stated": stated, "grown": after - before}))
 """
 
 
@@ -46,7 +49,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("mesh", [["ep=1"], ["ep=8"], ["ep=8", "tp=4"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "mesh", [["ep=1"], ["ep=8"], ["ep=8", "tp=4"], ["ep=8", "engine.batch_invariant=true"]], ids=" ".join
+)
 def test_peak_memory_is_what_is_stated(checkpoint: Path, mesh: list[str]) -> None:
     words = [f"model={checkpoint}", "dtype=float32", "engine.kv_cache_bytes=4MiB", "num_threads=1", *mesh]
     run = subprocess.run(

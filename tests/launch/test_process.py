@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -90,6 +92,22 @@ def test_streams_and_several_threads(llm: LLM, folder: Path) -> None:
     for thread in threads:
         thread.join(timeout=60)
     assert [found[index] for index in range(len(PROMPTS))] == expected
+
+
+def test_modules_in_the_current_folder_are_not_found_first(folder: Path, tmp_path: Path) -> None:
+    """As with the console script, whose own folder stands in that place."""
+    for name in ("here", "scripts"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "here" / "queue.py").write_text("raise AssertionError('this is not the queue of Python')")
+    script = tmp_path / "scripts" / "run.py"
+    script.write_text(
+        "import sys; from moe_runtime import LLM\n"
+        "with LLM(sys.argv[1], ep=2, overrides=['launcher=process', 'comm_timeout_s=600']) as llm: print('runs')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)], cwd=tmp_path / "here", capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "runs\n"), done.stderr
 
 
 def test_one_at_a_time(llm: LLM, folder: Path) -> None:

@@ -18,6 +18,7 @@ from moe_runtime import LLM
 from tests.api.tiny import damage, greedy, tokens, write_tiny
 from tests.launch.processes import children, descendants, finish, wait_gone
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [[5, 6, 7], [9], [40, 41, 42, 43], [3, 3], [200, 100]]
 
 
@@ -47,7 +48,7 @@ def torchrun(arguments: Sequence[str], *, num_processes: int, node: Sequence[str
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
 
 
@@ -96,12 +97,14 @@ def test_two_nodes(folder: Path, prompts: Path, expected: list[list[int]], tmp_p
 
 
 SCRIPT = """
-import sys, threading
+import os, sys, threading
 from moe_runtime import LLM, SamplingParams, EngineClosedError
+from tests.launch.processes import listening_addresses
 params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 for run in range(2):
     with LLM(sys.argv[1], overrides=["dtype=float32"]) as llm:
-        assert llm.topology.ep == 2
+        assert llm.topology.ep == llm.topology.ranks_per_node == 2
+        assert listening_addresses(os.getpid()) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
         outputs = llm.generate([[5, 6, 7]] if run else [[5, 6, 7], [9]], params)
         if llm.owns_requests:
             print(run, [list(o.outputs[0].token_ids) for o in outputs], int(llm.expert_load().sum()) > 0, flush=True)

@@ -18,7 +18,7 @@ from moe_runtime.engine.owner import RequestOwner
 from moe_runtime.errors import CommunicationError
 from moe_runtime.launch.build import OnProgress, ProcessParts
 from moe_runtime.launch.compose import Composed
-from moe_runtime.launch.env import gloo_on_loopback
+from moe_runtime.launch.env import child_environment, gloo_on_loopback
 from moe_runtime.launch.executors.rank import OwnerExecutor, Rank, check_free
 from moe_runtime.launch.executors.threads import threads_per_process
 from moe_runtime.launch.wire import encode_run
@@ -61,7 +61,7 @@ def start_processes(
                 store=store,
                 backend="nccl" if config.device == "cuda" else "gloo",
                 deadline_s=config.comm_timeout_s,
-                device="cuda:0" if config.device == "cuda" else "cpu",
+                device=parts.device,
             )
             rank = Rank(
                 lambda: parts,
@@ -69,6 +69,7 @@ def start_processes(
                 mesh=composed.topology.mesh(),
                 owner=owner,
                 num_threads=threads_per_process(config, world),
+                load_timeout_s=config.load_timeout_s,
                 on_progress=on_progress,
             )
     except CommunicationError as error:
@@ -92,7 +93,11 @@ class Children:
         assert self._store is not None, "not ended yet"
         for rank in range(1, world):
             child = subprocess.Popen(
-                [sys.executable, "-m", "moe_runtime.launch.worker"], stdin=subprocess.PIPE, start_new_session=True
+                # -P: not the current folder, where a queue.py may lie.
+                [sys.executable, "-P", "-m", "moe_runtime.launch.worker"],
+                stdin=subprocess.PIPE,
+                env=child_environment(),
+                start_new_session=True,
             )
             self._processes.append(child)
             place = {"rank": rank, "world": world, "port": self._store.port, "deadline_s": deadline_s}

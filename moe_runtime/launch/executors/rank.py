@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 
 from moe_runtime.comm.process import Process
-from moe_runtime.comm.torch_dist import torch_dist_groups
+from moe_runtime.comm.torch_dist import patient_world, torch_dist_groups
+from moe_runtime.comm.waiting import await_thread
 from moe_runtime.engine.engine import RankEngine
 from moe_runtime.engine.owner import RequestOwner
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.build import OnProgress, ProcessParts, build_engine
+from moe_runtime.launch.device import on_device
 from moe_runtime.launch.executors.base import without_frames
 from moe_runtime.launch.executors.threads import torch_threads
 from moe_runtime.launch.wire import decode_error, encode_error
@@ -25,7 +27,7 @@ class Rank:
     """This process's rank, loaded; all ranks agree that every one is loaded before any runs.
 
     `open_parts` is part of loading, so its errors too are told to all. Raises the error of the first rank that failed,
-    on every rank. `close` or `serve` it in every case.
+    on every rank. `load_timeout_s`: how long a loaded rank waits for the others. `serve` or `leave` it in every case.
     """
 
     def __init__(
@@ -36,13 +38,14 @@ class Rank:
         mesh: ProcessMesh,
         owner: RequestOwner | None,
         num_threads: int,
+        load_timeout_s: float,
         on_progress: OnProgress,
     ) -> None:
         self._process = process
         self._num_threads = num_threads
         self._engine: RankEngine | None = None
         try:
-            self._engine = self._load(open_parts, mesh, owner, on_progress)
+            self._engine = self._load(open_parts, mesh, owner, load_timeout_s, on_progress)
         except BaseException as error:
             process.close(error)
             raise
@@ -52,17 +55,19 @@ class Rank:
         open_parts: Callable[[], ProcessParts],
         mesh: ProcessMesh,
         owner: RequestOwner | None,
+        load_timeout_s: float,
         on_progress: OnProgress,
     ) -> RankEngine:
         groups = torch_dist_groups(mesh, self._process)
+        all_loaded = patient_world(self._process, deadline_s=load_timeout_s)
         engine: RankEngine | None = None
         failure: Exception | None = None
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), on_device(self._process.device):
                 engine = build_engine(open_parts(), mesh, groups, owner=owner, on_progress=on_progress)
         except Exception as error:  # noqa: BLE001 - whatever it is, every rank must hear of it
             failure = error
-        told = groups.world.collect(b"" if failure is None else encode_error(failure).encode())
+        told = all_loaded.collect(b"" if failure is None else encode_error(failure).encode())
         failed = [rank for rank, payload in enumerate(told) if payload]
         if engine is None or failed:
             first = decode_error(told[failed[0]])
@@ -77,9 +82,10 @@ class Rank:
             return
         failure: BaseException | None = None
         try:
-            with torch.inference_mode(), torch_threads(self._num_threads):
+            with torch.inference_mode(), torch_threads(self._num_threads), on_device(self._process.device):
                 engine.serve()
                 engine.groups.world.barrier()
+                engine.groups.close()
         except BaseException as error:
             failure = error
             raise
@@ -116,7 +122,7 @@ class OwnerExecutor:
 
     def close(self, error: BaseException | None = None) -> None:
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            await_thread(self._thread)
 
 
 def _run(rank: Rank, owner: RequestOwner, peers: Peers | None) -> None:

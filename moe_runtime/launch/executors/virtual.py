@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 
 from moe_runtime.comm.virtual import VirtualCluster, virtual_groups
+from moe_runtime.comm.waiting import await_thread
 from moe_runtime.engine.engine import RankEngine
 from moe_runtime.engine.owner import RequestOwner
-from moe_runtime.launch.build import OnProgress, ProcessParts, build_engine
+from moe_runtime.errors import EngineClosedError
+from moe_runtime.launch.build import LoadProgress, OnProgress, ProcessParts, build_engine
+from moe_runtime.launch.device import on_device
 from moe_runtime.launch.executors.base import without_frames
 from moe_runtime.launch.executors.threads import threads_of_virtual_ranks, torch_threads
 from moe_runtime.parallel.mesh import ProcessMesh
@@ -22,17 +25,27 @@ class VirtualExecutor:
     def __init__(self, parts: ProcessParts, owner: RequestOwner, *, on_progress: OnProgress) -> None:
         config = parts.config
         cluster = VirtualCluster(config.pp * config.ep)
-        threads = torch_threads(threads_of_virtual_ranks(config))
+        modes = ExitStack()  # of the cluster's thread
+        stopped = threading.Event()
+
+        def advance(progress: LoadProgress) -> None:
+            if stopped.is_set():
+                raise EngineClosedError("stopped while loading.")
+            on_progress(progress)
+
+        def enter_modes() -> None:
+            modes.enter_context(torch_threads(threads_of_virtual_ranks(config)))
+            modes.enter_context(on_device(parts.device))
+
         try:
             cluster_thread = cluster.call(threading.current_thread)
-            cluster.call(threads.__enter__)
-            engines = cluster.call(lambda: _build(cluster, parts, owner, on_progress))
+            cluster.call(enter_modes)
+            engines = cluster.call(lambda: _build(cluster, parts, owner, advance))
         except BaseException:
-            _leave(cluster, threads)
+            stopped.set()  # the caller may have been interrupted while the cluster's thread goes on
+            _leave(cluster, modes)
             raise
-        self._thread = threading.Thread(
-            target=_run, args=(cluster, threads, engines, owner), name="engine", daemon=True
-        )
+        self._thread = threading.Thread(target=_run, args=(cluster, modes, engines, owner), name="engine", daemon=True)
         self._threads = (self._thread, cluster_thread)
         self._thread.start()
 
@@ -41,7 +54,7 @@ class VirtualExecutor:
 
     def close(self, error: BaseException | None = None) -> None:
         if threading.current_thread() not in self._threads:
-            self._thread.join()
+            await_thread(self._thread)
 
 
 def _build(
@@ -56,19 +69,22 @@ def _build(
     ]
 
 
-def _run(
-    cluster: VirtualCluster, threads: AbstractContextManager[None], engines: list[RankEngine], owner: RequestOwner
-) -> None:
+def _run(cluster: VirtualCluster, modes: ExitStack, engines: list[RankEngine], owner: RequestOwner) -> None:
     failure: BaseException | None = None
     try:
-        cluster.run(lambda rank: engines[rank].serve())
+        cluster.run(lambda rank: _serve(engines[rank]))
     except BaseException as error:  # noqa: BLE001 - handed to every thread that waits for a result
         failure = without_frames(error)
     owner.end(failure)
     engines.clear()
-    _leave(cluster, threads)
+    _leave(cluster, modes)
 
 
-def _leave(cluster: VirtualCluster, threads: AbstractContextManager[None]) -> None:
-    cluster.call(lambda: threads.__exit__(None, None, None))
+def _serve(engine: RankEngine) -> None:
+    engine.serve()
+    engine.groups.close()
+
+
+def _leave(cluster: VirtualCluster, modes: ExitStack) -> None:
+    cluster.call(modes.close)
     cluster.close()
