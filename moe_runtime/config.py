@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen dataclasses whose field metadata is the documentation.
 
-The defaults here and in configs/config.yaml are equal (a test compares them), except that ep, tp and dp are null there:
-unset ones follow from the others (launch/topology.py).
+The defaults here and in configs/config.yaml are equal (a test compares them), except that ep, tp, dp and ranks_per_node
+are null there: unset ones follow from the others (launch/topology.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ SharedExperts = Literal["replicated", "dispatched"]
 ReplicaChoice = Literal["static", "round_robin", "nearest"]
 Padding = Literal["auto", "max", "own"]
 
+_MAX_SEED = 2**63 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class PlacementConfig:
@@ -36,13 +38,15 @@ class PlacementConfig:
 class EngineConfig:
     """Limits and modes of the engine. Token, sequence and cache limits hold for each DP group."""
 
-    batch_invariant: bool = setting(False, "outputs bitwise equal whatever the batch, mesh or placement; slower")
+    batch_invariant: bool = setting(False, "outputs bitwise equal whatever the batch or placement, and for one tp across ep (all_gather: one ep); slower")
     max_num_batched_tokens: int = setting(
         2048, "most tokens of one step and DP group; longer prompts run in chunks", minimum=1
     )
-    max_num_seqs: int = setting(64, "most sequences that one DP group runs at once", minimum=1)
+    max_num_seqs: int = setting(
+        64, "most sequences that one DP group runs at once, within max_num_batched_tokens", minimum=1
+    )
     max_model_len: int | None = setting(
-        None, "most tokens of prompt and output together; null: the model's own limit", minimum=1
+        None, "most tokens of prompt and output together; null: the model's own limit", minimum=2
     )
     page_size: int = setting(16, "tokens per page of the latent cache", minimum=1, maximum=1024)
     kv_cache_bytes: int | None = setting(
@@ -83,23 +87,33 @@ class SamplingConfig:
         0.0, "subtracted once from the logit of each token already written", minimum=-2.0, maximum=2.0
     )
     frequency_penalty: float = setting(0.0, "subtracted per occurrence in the output", minimum=-2.0, maximum=2.0)
-    seed: int | None = setting(None, "seed of each request; null: from `seed` and the request's number", minimum=0)
-    logprobs: int | None = setting(None, "log-probabilities of this many likeliest tokens per output token", minimum=0)
+    seed: int | None = setting(
+        None, "seed of each request; null: from `seed` and the request's number", minimum=0, maximum=_MAX_SEED
+    )
+    logprobs: int | None = setting(
+        None, "write to `output` the log-probabilities of this many likeliest tokens per output token", minimum=0
+    )
     prompt_logprobs: int | None = setting(None, "the same for prompt tokens", minimum=0)
     stop: tuple[str, ...] = setting((), "texts that end the output, e.g. 'sampling.stop=[\"\\n\\n\"]'")
     stop_token_ids: tuple[int, ...] = setting((), "token ids that end the output, e.g. [1,7]")
     max_tokens: int = setting(32, "most new tokens per request", minimum=1)
     min_tokens: int = setting(0, "no stop before this many new tokens", minimum=0)
     ignore_eos: bool = setting(False, "write on after the end-of-sequence token")
+    skip_special_tokens: bool = setting(True, "leave special tokens out of the text")
+    include_stop_str_in_output: bool = setting(False, "keep the text or token that ended the output")
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
     """A whole run. `world = pp·dp·tp`, `ep = dp·tp`: experts are spread over all ranks of a pipeline stage."""
 
-    job: Job = setting("generate", "what to do: write text, or check the settings without loading weights")
+    job: Job = setting(
+        "generate", "what to do: write text, or check the settings without loading weights", verbatim=True
+    )
     preset: str = setting("none", "settings of a known deployment, from configs/preset; other keys win over it")
-    model: str = setting("demo", "checkpoint folder, or a name: demo, deepseek_v3, …", verbatim=True)
+    model: str = setting(
+        "demo", "checkpoint folder, or a name: demo, deepseek_v3, …; a folder of such a name: ./demo", verbatim=True
+    )
     prompts: str | None = setting(
         None, 'file of prompts: one per line, or JSON lines with "prompt"; null: the model\'s own', verbatim=True
     )
@@ -109,12 +123,12 @@ class RuntimeConfig:
         "computation in this dtype; auto: the checkpoint's; on a CPU, small models use it for their experts only",
     )
     device: Device = setting("cpu", "where tensors live")
-    seed: int = setting(0, "seed of all sampling", minimum=0)
+    seed: int = setting(0, "seed of all sampling", minimum=0, maximum=_MAX_SEED)
     ep: int = setting(1, "ranks that share the experts", minimum=1, follows="dp·tp, or torchrun's world")
     tp: int = setting(1, "ranks that share the attention heads", minimum=1, follows="4 where ep ≥ 32 allows it, else 1")
     dp: int = setting(1, "attention groups, each with its own requests", minimum=1, follows="ep/tp")
     pp: int = setting(1, "pipeline stages", minimum=1)
-    ranks_per_node: int = setting(8, "ranks on one machine", minimum=1)
+    ranks_per_node: int = setting(8, "ranks on one machine", minimum=1, follows="torchrun's on this machine, else 8")
     launcher: Launcher = setting(
         "auto", "how ranks run; auto: torchrun's where it started us, else virtual (in this process)"
     )
@@ -122,8 +136,13 @@ class RuntimeConfig:
     shared_experts: SharedExperts = setting(
         "replicated", "shared experts on every rank, or dispatched as always-chosen experts"
     )
-    num_threads: int | None = setting(None, "CPU threads of each process; null: torch's choice", minimum=1)
-    comm_timeout_s: float = setting(60.0, "seconds after which a missing rank is reported", minimum=0.1)
+    num_threads: int | None = setting(
+        None, "CPU threads of each process; null: torch's choice", minimum=1, maximum=1024
+    )
+    comm_timeout_s: float = setting(60.0, "seconds after which a missing rank is reported", minimum=0.1, maximum=86400)
+    load_timeout_s: float = setting(
+        1800.0, "seconds after which a rank that is still loading is reported", minimum=0.1, maximum=86400
+    )
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -142,8 +161,8 @@ def keys() -> tuple[Key, ...]:
 
 
 def build_config(values: Mapping[str, object]) -> RuntimeConfig:
-    """The configuration from flat checked values, in which ep, tp and dp are numbers."""
-    missing = [name for name in ("ep", "tp", "dp") if values[name] is None]
+    """The configuration from flat checked values, in which ep, tp, dp and ranks_per_node are numbers."""
+    missing = [name for name in ("ep", "tp", "dp", "ranks_per_node") if values[name] is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: not set. Derive them first (launch.topology.resolve), or set them.")
     sections: dict[str, dict[str, Any]] = {"": {}, "placement": {}, "engine": {}, "sampling": {}}

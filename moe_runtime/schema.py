@@ -59,6 +59,10 @@ class Key:
         return bool(self.follows) or NoneType in get_args(self.annotation)
 
     @property
+    def is_list(self) -> bool:
+        return get_origin(self.annotation) is tuple
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The closed set of values, or nothing where it is open."""
         return get_args(self.annotation) if get_origin(self.annotation) is Literal else ()
@@ -189,7 +193,7 @@ def _convert(key: Key, value: object) -> object:
     if key.choices:
         if value in key.choices:
             return value
-        raise ConfigError(f"{key.name}={value}: must be {key.rule()}.{nearest(str(value), key.choices)}")
+        raise ConfigError(f"{key.name}={shown(value)}: must be {key.rule()}.{nearest(str(value), key.choices)}")
     if key.size_in_bytes and isinstance(value, str):
         value = _parse_bytes(value)
     match value:
@@ -243,5 +247,7 @@ def shown(value: object) -> str:
             return str(value)
 
 
-def _plain(number: float | None) -> str:
+def _plain(number: int | float | None) -> str:
+    if isinstance(number, int):
+        return str(number)
     return f"{number:g}" if number is not None else ""

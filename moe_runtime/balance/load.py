@@ -26,7 +26,7 @@ class LoadRecorder:
         """Count the rows that this rank's slots received for MoE layer `layer`."""
         match rows:
             case GroupedRows(alignment=1):
-                self._received[layer] += rows.data.shape[0]
+                self._received[layer] += rows.psum[-1]
             case GroupedRows():
                 starts = torch.nn.functional.pad(-(-rows.psum[:-1] // rows.alignment) * rows.alignment, (1, 0))
                 self._received[layer] += (rows.psum - starts).sum()
@@ -40,7 +40,3 @@ class LoadRecorder:
     def counts(self) -> Tensor:
         """[L, E] int64, a copy."""
         return self._counts[:, :-1].clone()
-
-    def reset(self) -> None:
-        self._counts.zero_()
-        self._received.zero_()

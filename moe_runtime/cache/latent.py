@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LatentKVCache:
-    """One rank's cache. Rows start as zeros: masked rows must be finite, since 0 · NaN is NaN."""
+    """One rank's cache."""
 
     layers: tuple[Tensor, ...]
     page_size: int
@@ -19,11 +19,6 @@ class LatentKVCache:
     def zeros(
         cls, num_layers: int, *, num_pages: int, page_size: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> LatentKVCache:
-        """`width` = kv_lora_rank + rope dims."""
+        """All rows 0. `width` = kv_lora_rank + rope dims."""
         shape = (num_pages, page_size, width)
         return cls(tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)), page_size)
-
-    @staticmethod
-    def bytes_per_token(num_layers: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes that one token takes over all layers."""
-        return num_layers * width * dtype.itemsize

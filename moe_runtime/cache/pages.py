@@ -21,14 +21,13 @@ _DIGEST_BYTES = 32
 class PagePool:
     """`num_pages` pages of `page_size` tokens. Pages are numbered 0..num_pages-1.
 
-    Every operation costs O(pages touched). `salt` keeps apart pools whose contents must never be mistaken for each
-    other (another model, another precision).
+    Every operation costs O(pages touched).
     """
 
-    __slots__ = ("_blank", "_cached", "_name_of", "_page_named", "_references", "_root", "_tokens_of", "num_pages",
+    __slots__ = ("_blank", "_cached", "_name_of", "_page_named", "_references", "_tokens_of", "num_pages",
                  "page_size", "prefix_caching")  # fmt: skip
 
-    def __init__(self, num_pages: int, page_size: int, *, prefix_caching: bool, salt: bytes = b"") -> None:
+    def __init__(self, num_pages: int, page_size: int, *, prefix_caching: bool) -> None:
         if num_pages < 1 or page_size < 1:
             raise ConfigError(
                 f"a cache of {num_pages} pages of {page_size} tokens holds nothing: both must be at least 1 "
@@ -37,7 +36,6 @@ class PagePool:
         self.num_pages = num_pages
         self.page_size = page_size
         self.prefix_caching = prefix_caching
-        self._root = blake2b(salt, digest_size=_DIGEST_BYTES, person=b"page chain").digest()
         self._references = [0] * num_pages
         self._blank = list(range(num_pages - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -49,14 +47,6 @@ class PagePool:
     def num_free(self) -> int:
         """Pages that `allocate` can hand out, cached ones included."""
         return len(self._blank) + len(self._cached)
-
-    @property
-    def num_cached(self) -> int:
-        """Pages whose content a later request may find again, held ones included."""
-        return len(self._name_of)
-
-    def references(self, page: int) -> int:
-        return self._references[page]
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
@@ -98,9 +88,7 @@ class PagePool:
     def new_chain(self, salt: bytes = b"") -> list[bytes]:
         """The beginning of a sequence's hash chain; `chain[i + 1]` will name its page i. Requests of different salt
         never share pages."""
-        if not salt:
-            return [self._root]
-        return [blake2b(salt, digest_size=_DIGEST_BYTES, key=self._root).digest()]
+        return [blake2b(salt, digest_size=_DIGEST_BYTES, person=b"page chain").digest()]
 
     def match_prefix(self, token_ids: Sequence[int], chain: list[bytes] | None = None) -> list[int]:
         """Published pages that hold the beginning of `token_ids`, in order, not yet acquired.

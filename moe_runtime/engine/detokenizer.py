@@ -8,7 +8,7 @@ from typing import Protocol
 from moe_runtime.engine.request import SamplingParams
 
 _REPLACEMENT = "\ufffd"
-_CONTEXT_TOKENS = 5
+CONTEXT_TOKENS = 5
 """Prompt tokens decoded along, so that decoders that treat the first token apart see a middle."""
 _LONGEST_INCOMPLETE = 3
 """Bytes of a UTF-8 character that can be there while the character is incomplete."""
@@ -36,7 +36,7 @@ class IncrementalDecoder:
     def __init__(self, decoder: TokenDecoder, context: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         self._decoder = decoder
         self._skip_special = skip_special_tokens
-        self._ids = list(context[-_CONTEXT_TOKENS:])
+        self._ids = list(context[-CONTEXT_TOKENS:])
         self._keep = len(self._ids)  # window tokens before the last piece
         self._given = len(self._decode())  # characters of the window given out, or of the prompt
 
@@ -54,6 +54,8 @@ class IncrementalDecoder:
             self._restart(_TRIMMED_WINDOW, held)
         elif piece and not held:
             self._restart(len(self._ids) - self._keep, 0)
+        elif overlong and not held:
+            del self._ids[self._keep :]  # skipped special tokens: they add no text to any window
         return piece
 
     def _restart(self, num_tokens: int, held: int) -> None:
@@ -150,29 +152,27 @@ class Detokenizer:
             self._text = ["".join(self._text)]
         return self._text[0] if self._text else ""
 
-    def append(self, token: int, *, is_stop_token: bool = False) -> str:
-        """The new text, possibly empty. A token of `stop_token_ids` that ended the request gives none."""
+    def append(self, token: int, *, is_stop_token: bool = False) -> None:
+        """One token more. A stop token or end-of-text that ended the request adds no text."""
         if self.stopped:
-            return ""
+            return
         self.num_tokens += 1
-        if is_stop_token and not self._params.include_stop_str_in_output:
-            return ""
-        return self._give(self._decoder.append(token), armed=self.num_tokens > self._params.min_tokens)
+        if not is_stop_token or self._params.include_stop_str_in_output:
+            self._give(self._decoder.append(token))
 
-    def finish(self) -> str:
-        """The text still held back when no more tokens come."""
+    def finish(self) -> None:
+        """No more tokens come: give out what was held back."""
         if self.stopped:
-            return ""
-        piece = self._give(self._decoder.finish(), armed=self.num_tokens > self._params.min_tokens)
-        rest = self._matcher.finish() if self._matcher is not None else ""  # empty after a stop text
-        self._text.append(rest)
-        return piece + rest
-
-    def _give(self, piece: str, *, armed: bool) -> str:
+            return
+        self._give(self._decoder.finish())
         if self._matcher is not None:
+            self._text.append(self._matcher.finish())  # empty after a stop text
+
+    def _give(self, piece: str) -> None:
+        if self._matcher is not None:
+            armed = self.num_tokens > self._params.min_tokens
             piece, self.stop_reason = self._matcher.feed(piece, armed=armed)
             if self.stop_reason is not None and self._params.include_stop_str_in_output:
                 piece += self.stop_reason
         if piece:
             self._text.append(piece)
-        return piece

@@ -6,7 +6,6 @@ on the dp axis, each hands the agreed step and its plan to its group on the tp a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,8 +21,9 @@ from moe_runtime.engine.lockstep import AgreedStep, LockstepLimits, Wish, agree
 from moe_runtime.engine.messages import GroupCommands, TokenResult, decode_results, encode_results
 from moe_runtime.engine.plan import StepPlan
 from moe_runtime.engine.runner import GroupStep, Runner
-from moe_runtime.engine.sampler import Sampled, Sampler, TokenLogprobs, prompt_logprobs
+from moe_runtime.engine.sampler import NOT_FINITE, Sampled, Sampler, TokenLogprobs, prompt_logprobs
 from moe_runtime.engine.scheduler import Finished, Scheduler, SchedulerStats
+from moe_runtime.engine.sequence import SequenceState
 from moe_runtime.errors import CommunicationError
 
 _PHASES = tuple(Phase)
@@ -46,7 +46,6 @@ class StepReport:
 
     results: Sequence[TokenResult]
     agreed: AgreedStep
-    elapsed_s: float
     groups: tuple[SchedulerStats, ...]
     """Per DP group, when the step was planned"""
     load: LoadReport | None = None
@@ -90,7 +89,6 @@ class RankEngine:
 
     def step(self) -> bool:
         """Agree, plan, run, sample, commit. False after the last step."""
-        started = time.perf_counter()
         self.groups.location.step = self._step
         if self.leader is None:
             header, plan = _decode(self.groups.tp.share(None, 0))
@@ -99,7 +97,7 @@ class RankEngine:
         else:
             commands = self._commands(self.leader)
             plan = self.leader.scheduler.plan()
-            agreed = self._agree(self.leader, plan, commands)
+            agreed = self._agree(self.leader, plan)
             step = self._group_step(agreed)
             self.groups.tp.share(_encode(step, plan, commands), 0)
         results: list[TokenResult] = []
@@ -109,7 +107,7 @@ class RankEngine:
                 results = self._sample(self.leader, plan, logits)
         load = self._load() if commands.report else None
         if self.leader is not None and agreed is not None:
-            self._tell(self.leader, results, agreed, started=started, load=load)
+            self._tell(self.leader, results, agreed, load)
         self._step += 1
         return not commands.stop
 
@@ -126,22 +124,20 @@ class RankEngine:
             leader.scheduler.abort(request_id)
         return commands
 
-    def _agree(self, leader: Leader, plan: StepPlan, commands: GroupCommands) -> AgreedStep:
+    def _agree(self, leader: Leader, plan: StepPlan) -> AgreedStep:
         wish = Wish(
             step=self._step,
             num_tokens=plan.num_tokens,
             num_decode_tokens=plan.num_decode_tokens,
-            num_samples=plan.num_samples,
             outstanding=leader.scheduler.outstanding_tokens,
-            stop=int(commands.stop),
         )
-        rows = self.groups.dp.exchange((*wish.to_row(), *leader.scheduler.stats))
+        rows = self.groups.dp.exchange((*wish, *leader.scheduler.stats))
         width = len(wish)
         agreed = agree([row[:width] for row in rows], limits=self.limits)
         if leader.owner is not None:
             self._groups = tuple([SchedulerStats(*row[width:]) for row in rows])
         self._idle = not any(agreed.outstanding)
-        if not self._idle and not agreed.num_tokens and not commands.abort:
+        if not self._idle and not agreed.num_tokens:
             raise CommunicationError(
                 f"step {self._step}: {sum(agreed.outstanding)} tokens are outstanding but no group planned any"
             )
@@ -162,10 +158,10 @@ class RankEngine:
             chunk_id: self._prompt_logprobs(leader, chunk_id, logits[first:last], position)
             for chunk_id, first, last, position in prompts
         }
-        failed = {row.request_id for row, token in zip(rows, sampled, strict=True) if token.token_id is None}
-        failed |= {request_id for request_id, scores in scored.items() if scores is None}
-        counters = {row.request_id: leader.scheduler.sequence(row.request_id) for row in rows}
         tokens = {row.request_id: token for row, token in zip(rows, sampled, strict=True)}
+        failed = {key: token.error for key, token in tokens.items() if token.error is not None}
+        failed |= {key: NOT_FINITE for key, scores in scored.items() if scores is None}
+        states = [leader.scheduler.sequence(chunk.request_id) for chunk in plan.chunks]  # gone once they have ended
         ended = {
             done.request_id: done
             for done in leader.scheduler.commit(
@@ -175,18 +171,10 @@ class RankEngine:
             )
         }
         results = []
-        for request_id in {**tokens, **scored}:
-            state = counters.get(request_id)
-            results.append(
-                _result(
-                    request_id,
-                    tokens.get(request_id),
-                    scored.get(request_id) or (),
-                    ended.get(request_id),
-                    cached=0 if state is None else state.num_cached_tokens,
-                    preemptions=0 if state is None else state.num_preemptions,
-                )
-            )
+        for chunk, state in zip(plan.chunks, states, strict=True):
+            key = chunk.request_id
+            if state is not None and (key in tokens or key in scored or state.begins_with(chunk)):
+                results.append(_result(state, tokens.get(key), scored.get(key) or (), ended.get(key)))
         return results
 
     @staticmethod
@@ -213,8 +201,6 @@ class RankEngine:
         leader: Leader,
         results: list[TokenResult],
         agreed: AgreedStep,
-        *,
-        started: float,
         load: LoadReport | None,
     ) -> None:
         everybody: list[TokenResult] = results
@@ -223,7 +209,7 @@ class RankEngine:
             if leader.owner is not None:
                 everybody = [result for payload in payloads for result in decode_results(payload)]
         if leader.owner is not None:
-            leader.owner.report(StepReport(everybody, agreed, time.perf_counter() - started, self._groups, load))
+            leader.owner.report(StepReport(everybody, agreed, self._groups, load))
 
 
 def _encode(step: GroupStep, plan: StepPlan, commands: GroupCommands) -> bytes:
@@ -264,23 +250,16 @@ def _split_rows(plan: StepPlan) -> tuple[list[tuple[int, int, int, int]], list[i
 
 
 def _result(
-    request_id: int,
-    sampled: Sampled | None,
-    scores: tuple[TokenLogprobs, ...],
-    ended: Finished | None,
-    *,
-    cached: int,
-    preemptions: int,
+    state: SequenceState, sampled: Sampled | None, scores: tuple[TokenLogprobs, ...], ended: Finished | None
 ) -> TokenResult:
-    failure = ended is not None and ended.reason == "abort"
     return TokenResult(
-        request_id,
+        state.request.id,
         token_id=None if sampled is None else sampled.token_id,
         logprobs=None if sampled is None else sampled.logprobs,
         prompt_logprobs=scores,
         finish_reason=None if ended is None else ended.reason,
-        stop_reason=ended.stop_reason if ended is not None and isinstance(ended.stop_reason, int) else None,
-        num_cached_tokens=cached,
-        num_preemptions=preemptions,
-        error=str(ended.stop_reason) if failure and ended is not None else None,
+        stop_reason=None if ended is None else ended.stop_reason,
+        num_cached_tokens=state.num_cached_tokens,
+        num_preemptions=state.num_preemptions,
+        error=None if ended is None else ended.error,
     )

@@ -6,8 +6,10 @@ import queue
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from moe_runtime.engine.detokenizer import Detokenizer, TokenDecoder
+from moe_runtime.comm.waiting import SIGNAL_POLL_S
+from moe_runtime.engine.detokenizer import CONTEXT_TOKENS, Detokenizer, TokenDecoder
 from moe_runtime.engine.messages import TokenResult
 from moe_runtime.engine.request import (
     CompletionOutput,
@@ -21,14 +23,25 @@ from moe_runtime.engine.request import (
 from moe_runtime.engine.sampler import TokenLogprobs
 from moe_runtime.errors import EngineClosedError
 
-SIGNAL_POLL_S = 1.0
-"""How often a waiting thread looks for signals."""
-
-_CONTEXT_TOKENS = 5
-"""Prompt tokens decoded along with the output, as in the detokenizer."""
-
 Deliver = Callable[[RequestOutput | None], None]
-"""Called by the engine's thread. None: look at the handle, which has finished or failed."""
+"""Called by the engine's thread. None: look at the handle, which has finished or failed. One that raises loses its
+request."""
+
+T = TypeVar("T")
+
+
+def wait_for(updates: queue.SimpleQueue[T]) -> T:
+    """The next item, however long it takes; signals are seen meanwhile."""
+    while True:
+        try:
+            return updates.get(timeout=SIGNAL_POLL_S)
+        except queue.Empty:
+            continue  # a signal that came just before the wait is seen now
+
+
+def engine_failed(failure: BaseException) -> EngineClosedError:
+    """What every caller of an engine that has failed is told."""
+    return EngineClosedError(f"the engine has failed: {failure}")
 
 
 class NamedLogprobs:
@@ -64,6 +77,9 @@ class Completion:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
+        self.error: str | None = None
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
         self._decoder = decoder
         self._eager: Detokenizer | None = None
         if decoder is not None and (stream or request.params.stop_strings):
@@ -78,17 +94,17 @@ class Completion:
             self._logprobs.add(result.logprobs)
             self._cumulative += result.logprobs.logprobs[0]
         if self._eager is not None:
-            self._eager.append(token, is_stop_token=result.stop_reason == token)
+            self._eager.append(token, is_stop_token=result.finish_reason == "stop")
             if self._eager.stopped:
                 self.finish("stop", self._eager.stop_reason)
 
-    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None) -> None:
         """Close the completion. A stop text may still come out of characters that were held back."""
+        self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
         if self._eager is not None:
             self._eager.finish()
             if self._eager.stopped and reason != "abort":
-                reason, stop_reason = "stop", self._eager.stop_reason
-        self.finish_reason, self.stop_reason = reason, stop_reason
+                self.finish_reason, self.stop_reason = "stop", self._eager.stop_reason
 
     @property
     def text(self) -> str:
@@ -98,9 +114,9 @@ class Completion:
             return ""
         params = self.request.params
         written = self.token_ids
-        if isinstance(self.stop_reason, int) and not params.include_stop_str_in_output:
-            written = written[:-1]
-        context = self.request.prompt_token_ids[-_CONTEXT_TOKENS:]
+        if self.finish_reason == "stop" and not params.include_stop_str_in_output:
+            written = written[:-1]  # the token that stopped it; stop texts are the detokenizer's
+        context = self.request.prompt_token_ids[-CONTEXT_TOKENS:]
         before = self._decoder.decode(context, params.skip_special_tokens)
         return self._decoder.decode([*context, *written], params.skip_special_tokens)[len(before) :]
 
@@ -113,6 +129,7 @@ class Completion:
             cumulative_logprob=None if self._logprobs is None else self._cumulative,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            error=self.error,
         )
 
 
@@ -124,9 +141,6 @@ class _Times:
     scheduled: float | None = None
     first_token: float | None = None
     finish: float | None = None
-    num_output_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_preemptions: int = 0
 
 
 class RequestHandle:
@@ -162,24 +176,20 @@ class RequestHandle:
 
     def wait(self) -> RequestOutput:
         """The next update; for handles that do not stream, the end. EngineClosedError where the engine failed."""
-        while True:
-            try:
-                update = self._updates.get(timeout=SIGNAL_POLL_S)
-            except queue.Empty:
-                continue  # a signal that came just before the wait is seen now
-            return self.read(update)
+        return self.read(wait_for(self._updates))
 
     def read(self, update: RequestOutput | None) -> RequestOutput:
         """What an update says."""
         if update is not None:
             return update
         if self.error is not None:
-            raise EngineClosedError(f"the engine has failed: {self.error}") from self.error
+            raise engine_failed(self.error) from self.error
         return self.output()
 
     def output(self) -> RequestOutput:
         """As it stands: for the engine's thread, or for any once it has finished."""
         times = self._times
+        lengths = [len(completion.token_ids) for completion in self.completions]
         return RequestOutput(
             request_id=self.number,
             prompt=self._prompt,
@@ -191,9 +201,10 @@ class RequestHandle:
                 times.scheduled,
                 times.first_token,
                 times.finish,
-                times.num_output_tokens,
-                times.num_cached_tokens,
-                times.num_preemptions,
+                num_output_tokens=sum(lengths),
+                num_longest_output_tokens=max(lengths),
+                num_cached_tokens=max(completion.num_cached_tokens for completion in self.completions),
+                num_preemptions=sum(completion.num_preemptions for completion in self.completions),
             ),
             finished=self.finished,
         )
@@ -209,20 +220,20 @@ class RequestHandle:
             self._prompt_logprobs.add(*result.prompt_logprobs)
         if result.token_id is not None:
             completion.append(result.token_id, result)
-            times.num_output_tokens += 1
             if times.first_token is None:
                 times.first_token = now
         if result.finish_reason is not None and completion.finish_reason is None:
-            completion.finish(result.finish_reason, result.stop_reason if result.error is None else result.error)
-        if completion.finish_reason is not None:
-            times.num_cached_tokens = max(times.num_cached_tokens, result.num_cached_tokens)
-            times.num_preemptions += result.num_preemptions
+            completion.finish(result.finish_reason, result.stop_reason, result.error)
+        completion.num_cached_tokens = result.num_cached_tokens
+        completion.num_preemptions = result.num_preemptions
+        if self.finished:
             times.finish = now
 
-    def abort(self, now: float) -> None:
+    def abort(self, now: float, error: str | None = None) -> None:
+        """End what still runs. `error`: why, where it was not the caller's wish."""
         for completion in self.completions:
             if completion.finish_reason is None:
-                completion.finish("abort")
+                completion.finish("abort", error=error)
                 self._times.finish = now
 
     def publish(self) -> None:
@@ -230,4 +241,8 @@ class RequestHandle:
         if self.stream and self.error is None:
             self._deliver(self.output())
         elif self.finished:
-            self._deliver(None)
+            self.release()
+
+    def release(self) -> None:
+        """Tell the thread that waits that it is over."""
+        self._deliver(None)

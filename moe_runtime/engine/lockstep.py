@@ -28,26 +28,15 @@ class Padding(StrEnum):
 
 
 class Wish(NamedTuple):
-    """One DP group's wish for the next step; it is its own row of integers on the control plane.
+    """One DP group's wish for the next step; a tuple of integers, as which it crosses the control plane.
 
-    `stop`: nothing more will be asked (told by the owner of the requests). `fault`: nonzero where the rank met an error
-    and cannot run; the others learn it here instead of waiting in a collective.
+    `outstanding`: tokens still to compute for the group's live requests, at their longest.
     """
 
     step: int = 0
     num_tokens: int = 0
     num_decode_tokens: int = 0
-    num_samples: int = 0
     outstanding: int = 0
-    stop: int = 0
-    fault: int = 0
-
-    def to_row(self) -> tuple[int, ...]:
-        return tuple(self)
-
-    @classmethod
-    def from_row(cls, row: Sequence[int]) -> Wish:
-        return cls._make(row)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +81,7 @@ class AgreedStep:
 
     `padded_tokens`: rows per DP group, multiples of tp. `capacity`: the most tokens with which a rank enters the MoE
     layer, which it takes in `num_chunks` turns of at most `chunk_tokens`. `idle`: groups without real tokens; they run
-    the same code. `finished`: nobody has tokens and the owner stops. `faults`: groups that cannot run this step; nobody
-    may begin it.
+    the same code. `outstanding`: the wishes', per group.
     """
 
     step: int
@@ -105,8 +93,6 @@ class AgreedStep:
     idle: tuple[int, ...]
     num_tokens: int
     outstanding: tuple[int, ...]
-    finished: bool
-    faults: tuple[int, ...] = ()
 
 
 def agree(wishes: Sequence[Sequence[int]], *, limits: LockstepLimits) -> AgreedStep:
@@ -115,7 +101,7 @@ def agree(wishes: Sequence[Sequence[int]], *, limits: LockstepLimits) -> AgreedS
     `wishes` are `Wish`es, or the rows as which they crossed the control plane. ValueError where the groups are not at
     the same step.
     """
-    steps, tokens, decodes, _samples, outstanding, stops, faults = zip(*wishes, strict=True)
+    steps, tokens, decodes, outstanding = zip(*wishes, strict=True)
     if min(steps) != max(steps):
         behind = [f"group {group} at {step}" for group, step in enumerate(steps) if step != max(steps)]
         raise ValueError(f"groups out of step: {', '.join(behind)}, the others at {max(steps)}")
@@ -143,8 +129,6 @@ def agree(wishes: Sequence[Sequence[int]], *, limits: LockstepLimits) -> AgreedS
         idle=tuple([group for group, count in enumerate(tokens) if not count]) if 0 in tokens else (),
         num_tokens=total,
         outstanding=outstanding,
-        finished=total == 0 and any(stops),
-        faults=tuple([group for group, fault in enumerate(faults) if fault]) if any(faults) else (),
     )
 
 
@@ -170,7 +154,8 @@ def choose_group(outstanding: Sequence[int]) -> int:
 class GroupBalancer:
     """Spreads requests over DP groups at their owner: the groups' last reports plus what was assigned since.
 
-    Without the second part, all requests that arrive between two steps would go to the same group.
+    Without the second part, all requests that arrive between two steps would go to the same group. Units are tokens,
+    prompt and output, at a request's longest.
     """
 
     __slots__ = ("_outstanding",)
@@ -179,12 +164,11 @@ class GroupBalancer:
         self._outstanding = [0] * num_groups
 
     def assign(self, num_tokens: int) -> int:
-        """The group for a request of so many tokens (prompt + max_tokens), accounted for at once."""
+        """The group for a request of so many tokens, accounted for at once."""
         group = choose_group(self._outstanding)
         self._outstanding[group] += num_tokens
         return group
 
-    def report(self, outstanding: Sequence[int]) -> None:
-        """The groups' own counts (`AgreedStep.outstanding`); they already hold everything assigned before that step."""
-        assert len(outstanding) == len(self._outstanding), "one count per DP group"
-        self._outstanding[:] = outstanding
+    def report(self, outstanding: Sequence[int], queued: Sequence[int]) -> None:
+        """The groups' own counts (`AgreedStep.outstanding`), and what was assigned too late for that step."""
+        self._outstanding[:] = [own + late for own, late in zip(outstanding, queued, strict=True)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
-from moe_runtime.engine.request import FinishReason, Request, decode_requests, encode_requests
+from moe_runtime.engine.request import FinishReason, Request, SamplingParams, parse_params
 from moe_runtime.engine.sampler import TokenLogprobs
+from moe_runtime.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,44 @@ class GroupCommands:
         )
 
 
+def encode_requests(requests: Iterable[Request]) -> bytes:
+    """JSON; parameters at their defaults are left out."""
+    defaults = SamplingParams()
+    rows: list[dict[str, object]] = []
+    for request in requests:
+        row: dict[str, object] = {"id": request.id, "prompt_token_ids": request.prompt_token_ids}
+        if request.params != defaults:
+            own = {item.name: getattr(request.params, item.name) for item in fields(SamplingParams)}
+            row["params"] = {name: value for name, value in own.items() if value != getattr(defaults, name)}
+        if request.cache_salt:
+            row["cache_salt"] = request.cache_salt
+        rows.append(row)
+    return json.dumps(rows, separators=(",", ":")).encode() if rows else b""
+
+
+def decode_requests(payload: bytes) -> list[Request]:
+    """The inverse of `encode_requests`; parameters are validated again. RequestError where the payload is not one."""
+    if not payload:
+        return []
+    try:
+        return [_request(row) for row in json.loads(payload)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"not an encoded list of requests: {error}") from error
+
+
+def _request(row: Mapping[str, Any]) -> Request:
+    params = parse_params(row.get("params", {}))
+    return Request(row["id"], tuple(row["prompt_token_ids"]), params, row.get("cache_salt", ""))
+
+
 class TokenResult(NamedTuple):
     """What one step brought one request.
 
     `token_id` is None where none was sampled (a prompt chunk, or a failure, which `error` names). `prompt_logprobs`
-    continue those sent before. `finish_reason` closes the request.
+    continue those sent before. `finish_reason` closes the request. The first chunk of a request gives a result in any
+    case, later chunks only where they bring something.
     """
 
     request_id: int

@@ -5,33 +5,27 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+
+import torch
 
 from moe_runtime.dispatch.base import Phase
 from moe_runtime.engine.detokenizer import TokenDecoder
 from moe_runtime.engine.engine import LoadReport, StepReport
-from moe_runtime.engine.handle import Completion, Deliver, RequestHandle
+from moe_runtime.engine.handle import Completion, Deliver, RequestHandle, engine_failed, wait_for
 from moe_runtime.engine.lockstep import GroupBalancer
 from moe_runtime.engine.messages import Commands
-from moe_runtime.engine.request import Request, SamplingParams
+from moe_runtime.engine.request import Request
 from moe_runtime.engine.scheduler import SchedulerStats
 from moe_runtime.engine.snapshot import EngineSnapshot, EngineState, TokenRate
-from moe_runtime.errors import EngineClosedError, RequestError
+from moe_runtime.engine.submission import Check, Prepared, Submission, prepare
+from moe_runtime.errors import EngineClosedError
 from moe_runtime.parallel.mesh import ProcessMesh
 
 IDLE_WAIT_S = 1.0
 """How long rank 0 waits for work before it takes an idle step, which tells the other ranks that it lives."""
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """A prompt to complete (params.n times). `prompt`: its text, None where it came as token ids."""
-
-    prompt: str | None
-    token_ids: Sequence[int]
-    params: SamplingParams
-    cache_salt: str = ""
 
 
 @dataclass(slots=True)
@@ -39,12 +33,14 @@ class _Queued:
     """Commands for the next step. Grown in place: a finalizer may add to it between any two lines of this module."""
 
     add: dict[int, list[Request]] = field(default_factory=dict)
+    add_tokens: dict[int, int] = field(default_factory=dict)
+    """Of `add`, per group, at their longest"""
     abort: dict[int, list[int]] = field(default_factory=dict)
     report: bool = False
 
 
 class RequestOwner:
-    """Implements the engine's `Owner`. `check` refuses a request that could never run (RequestError).
+    """Implements the engine's `Owner`.
 
     `idle_wait_s` must be well below the time after which the other ranks give rank 0 up.
     """
@@ -54,7 +50,7 @@ class RequestOwner:
         *,
         mesh: ProcessMesh,
         num_pages: int,
-        check: Callable[[Request], None],
+        check: Check,
         decoder: TokenDecoder | None,
         idle_wait_s: float = IDLE_WAIT_S,
     ) -> None:
@@ -81,19 +77,10 @@ class RequestOwner:
         self, submissions: Sequence[Submission], *, stream: bool = False, deliver: Deliver | None = None
     ) -> list[RequestHandle]:
         """Queue all of them for the same step, or none: RequestError where one could never run."""
+        prepared = prepare(submissions, self._check, has_decoder=self._decoder is not None)
         with self._wake:
             self._raise_if_ended()
-            prepared = []
-            number = self._next_id
-            for index, submission in enumerate(submissions):
-                try:
-                    requests = self._requests(submission, number)
-                except RequestError as error:
-                    raise RequestError(f"prompt {index}: {error}" if len(submissions) > 1 else str(error)) from None
-                prepared.append((submission, requests))
-                number += len(requests)
-            self._next_id = number
-            handles = [self._enqueue(own, requests, stream, deliver) for own, requests in prepared]
+            handles = [self._enqueue(own, stream, deliver) for own in prepared]
             self._wake.notify()
         return handles
 
@@ -102,27 +89,24 @@ class RequestOwner:
         with self._wake:
             if handle.finished:
                 return
-            for completion in handle.completions:
-                if completion.finish_reason is None:
-                    self._tell_group_to_abort(completion)
-            handle.abort(time.monotonic())
-            self._release(handle)
-            handle.publish()
+            self._cut(handle)
+            self._publish(handle)
             self._wake.notify()
 
     def load(self) -> LoadReport:
-        """The load counters of all ranks."""
+        """The load counters of all ranks, in memory of the caller's own."""
         waiter: queue.SimpleQueue[LoadReport | None] = queue.SimpleQueue()
         with self._wake:
             self._raise_if_ended()
             self._load_waiters.append(waiter)
             self._queued.report = True
             self._wake.notify()
-        report = waiter.get()
+        report = wait_for(waiter)
         if report is None:
             self._raise_if_ended()
         assert report is not None, "only an engine that has ended answers nothing"
-        return report
+        with torch.inference_mode(False):  # the engine's tensors cannot be written to outside of that mode
+            return LoadReport(report.expert_load.cpu().clone(), report.rank_load.cpu().clone())
 
     def snapshot(self) -> EngineSnapshot:
         """The engine as it is now; also after its end."""
@@ -189,12 +173,12 @@ class RequestOwner:
                 handle.apply(completion, result, began=began, now=now)
                 if completion.finish_reason is not None:
                     self._finish(handle, completion, known=result.finish_reason is not None)
-                if handle.stream:
+                if handle.stream and (result.token_id is not None or completion.finish_reason is not None):
                     streams[handle.number] = handle
             for handle in streams.values():
-                handle.publish()
-            if not self._queued.add:
-                self._balancer.report(step.agreed.outstanding)
+                self._publish(handle)
+            late = self._queued.add_tokens
+            self._balancer.report(step.agreed.outstanding, [late.get(group, 0) for group in range(self._mesh.dp)])
             self._count(step, tokens, began=began, now=now)
             if step.load is not None:
                 for waiter in self._load_waiters:
@@ -209,50 +193,55 @@ class RequestOwner:
             self._closed = True
             ended = {handle.number: handle for handle, _ in self._live.values()}
             self._live.clear()
-            for handle in ended.values():
-                handle.error = failure
-                handle.abort(now)
-                handle.publish()
             for waiter in self._load_waiters:
                 waiter.put(None)
             self._load_waiters.clear()
+            for handle in ended.values():
+                handle.error = failure
+                with suppress(Exception):  # a text that cannot be made is no reason to leave the others waiting
+                    handle.abort(now)
+                self._publish(handle)
 
     # Under the lock
 
     def _raise_if_ended(self) -> None:
         if self._failure is not None:
-            raise EngineClosedError(f"the engine has failed: {self._failure}") from self._failure
+            raise engine_failed(self._failure) from self._failure
         if self._closed:
             raise EngineClosedError("this engine is closed. Make a new LLM.")
 
-    def _requests(self, submission: Submission, number: int) -> list[Request]:
-        requests = []
-        for index, params in enumerate(submission.params.completions()):
-            if index and params.prompt_logprobs is not None:
-                params = replace(params, prompt_logprobs=None)  # the same for every completion: once is enough
-            requests.append(Request(number + index, tuple(submission.token_ids), params, submission.cache_salt))
-            self._check(requests[-1])
-        return requests
-
-    def _enqueue(
-        self, submission: Submission, requests: Sequence[Request], stream: bool, deliver: Deliver | None
-    ) -> RequestHandle:
+    def _enqueue(self, prepared: Prepared, stream: bool, deliver: Deliver | None) -> RequestHandle:
+        submission, number = prepared.submission, self._next_id
+        self._next_id += len(prepared.requests)
         handle = RequestHandle(
-            requests[0].id,
+            number,
             submission.prompt,
-            requests[0].prompt_token_ids,
+            prepared.requests[0].prompt_token_ids,
             submission.params,
             stream=stream,
             decoder=self._decoder,
             deliver=deliver,
         )
-        for index, request in enumerate(requests):
-            group = self._balancer.assign(len(request.prompt_token_ids) + (request.params.max_tokens or 0))
+        queued = self._queued
+        for index, request in enumerate(prepared.requests):
+            request = replace(request, id=number + index)
+            group = self._balancer.assign(prepared.num_tokens)
             completion = Completion(index, request, group, self._decoder, stream=stream)
             handle.completions.append(completion)
             self._live[request.id] = (handle, completion)
-            self._queued.add.setdefault(group, []).append(request)
+            queued.add.setdefault(group, []).append(request)
+            queued.add_tokens[group] = queued.add_tokens.get(group, 0) + prepared.num_tokens
         return handle
+
+    def _publish(self, handle: RequestHandle) -> None:
+        """Tell the caller. One that cannot be told loses its request, and nobody else does."""
+        try:
+            handle.publish()
+        except Exception as error:  # noqa: BLE001 - raised by the caller's own code
+            if not handle.finished:
+                self._cut(handle, f"its output could not be delivered: {error!r}")
+            with suppress(Exception):
+                handle.release()
 
     def _tell_group_to_abort(self, completion: Completion) -> None:
         self._queued.abort.setdefault(completion.group, []).append(completion.request.id)
@@ -265,11 +254,15 @@ class RequestOwner:
         if handle.finished:
             self._counts.finished += 1
             if not handle.stream:
-                handle.publish()
+                self._publish(handle)
 
-    def _release(self, handle: RequestHandle) -> None:
+    def _cut(self, handle: RequestHandle, error: str | None = None) -> None:
+        """End a request that still runs."""
         for completion in handle.completions:
-            self._live.pop(completion.request.id, None)
+            if completion.finish_reason is None:
+                self._live.pop(completion.request.id, None)
+                self._tell_group_to_abort(completion)
+        handle.abort(time.monotonic(), error)
         self._counts.finished += 1
 
     def _count(self, step: StepReport, tokens: int, *, began: float, now: float) -> None:

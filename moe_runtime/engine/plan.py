@@ -10,8 +10,8 @@ from typing import NamedTuple
 PENDING = -1
 """In `SequenceChunk.token_ids`: the token that this request's previous planned chunk samples.
 
-It appears only where step n+1 is planned before step n is committed; the runner then takes the token from step n's
-sampled tokens on the device. A serial engine never sees it.
+It appears only where step n+1 is planned before step n is committed, which the engine does not do yet: the runner
+refuses it. The tests plan ahead, so that the scheduler stays fit for it.
 """
 
 
@@ -59,10 +59,6 @@ class StepPlan:
     def num_decode_tokens(self) -> int:
         """Tokens of sequences that take a single generated token each; recomputed ones do not count."""
         return sum([chunk.kind == ChunkKind.DECODE and len(chunk.token_ids) == 1 for chunk in self.chunks])
-
-    @property
-    def num_samples(self) -> int:
-        return sum([chunk.sample for chunk in self.chunks])
 
     def to_ints(self) -> list[int]:
         """`[num_chunks, (id, start, kind + 2*sample, logit_start, num_tokens, num_pages, tokens…, pages…)…]`"""

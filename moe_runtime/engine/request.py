@@ -1,13 +1,12 @@
-"""What users ask for and what they get back, and the pickle-free encoding of requests for the control plane."""
+"""What users ask for and what they get back."""
 
 from __future__ import annotations
 
-import json
 import math
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
 from moe_runtime.errors import RequestError, nearest
 
@@ -17,7 +16,8 @@ MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 1024
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
-MAX_SEED = 2**63 - 1
+MAX_INT = 2**63 - 1
+"""Of seeds, counts and ids: what fits 8 bytes."""
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by less gains nothing and overflows."""
 
@@ -29,12 +29,13 @@ class SamplingParams:
     n: completions per prompt. temperature: 0 = greedy. top_k: keep the k likeliest (0 or -1 = all). top_p: keep the
     smallest set of this probability mass. min_p: drop what is less likely than this times the likeliest.
     repetition_penalty: over prompt and output, > 1 discourages; presence_penalty and frequency_penalty: over the
-    output, in -2..2. seed: same seed and prompt, same tokens, whoever else is in the batch; None = drawn from the
-    engine's seed and the request's number. logprobs / prompt_logprobs: this many likeliest tokens per position, beside
-    the token itself (0 = the token alone, None = none). stop: texts that end the output and are cut from it (kept with
-    include_stop_str_in_output); stop_token_ids: tokens that do. max_tokens: None = up to the model's length.
-    min_tokens: no stop before. ignore_eos: the end-of-text token does not stop. skip_special_tokens: leave them out
-    of the text.
+    output, in -2..2. seed: same seed and prompt, same draws, and with engine.batch_invariant the same tokens, whoever
+    else is in the batch; None or -1 = drawn from the engine's seed and the request's number. logprobs /
+    prompt_logprobs: this many likeliest tokens per position, beside the token itself (0 = the token alone, None =
+    none). stop: texts that end the output and are cut from it (kept with include_stop_str_in_output); stop_token_ids:
+    tokens that do. max_tokens: generation ends at the model's length in any case ("length"); None = there, or where
+    the cache is full. min_tokens: no stop before. ignore_eos: the end-of-text token does not stop.
+    skip_special_tokens: leave them out of the text.
     """
 
     n: int = 1
@@ -61,16 +62,21 @@ class SamplingParams:
         object.__setattr__(self, "stop", _sequence("stop", stop, str))
         object.__setattr__(self, "stop_token_ids", _sequence("stop_token_ids", self.stop_token_ids, int))
         _integer("n", self.n, 1, MAX_COMPLETIONS)
-        _number("temperature", self.temperature, 0.0, math.inf)
+        for number, least, most, above in (
+            ("temperature", 0.0, math.inf, False),
+            ("top_p", 0.0, 1.0, True),
+            ("min_p", 0.0, 1.0, False),
+            ("repetition_penalty", 0.0, math.inf, True),
+            ("presence_penalty", -2.0, 2.0, False),
+            ("frequency_penalty", -2.0, 2.0, False),
+        ):
+            object.__setattr__(self, number, _number(number, getattr(self, number), least, most, open_low=above))
         _integer("top_k", self.top_k, -1, None)
-        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _integer("min_tokens", self.min_tokens, 0, None)
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         for name, low, high in (
-            ("seed", -MAX_SEED - 1, MAX_SEED),
+            ("seed", -MAX_INT - 1, MAX_INT),
             ("logprobs", 0, MAX_LOGPROBS),
             ("prompt_logprobs", 0, MAX_LOGPROBS),
             ("max_tokens", 1, None),
@@ -105,11 +111,15 @@ class SamplingParams:
         return self.stop_token_ids if isinstance(self.stop_token_ids, tuple) else ()
 
     def completions(self) -> tuple[SamplingParams, ...]:
-        """One `n=1` copy per completion; a given seed counts up so that the completions differ."""
-        if self.n == 1:
-            return (self,)
-        seeds = [None if self.seed is None else (self.seed + j) % MAX_SEED for j in range(self.n)]
-        return tuple(replace(self, n=1, seed=seed) for seed in seeds)
+        """One `n=1` copy per completion, the first with the seed as given; it counts up so that they differ."""
+        return tuple(replace(self, n=1, seed=self._seed_of(index)) for index in range(self.n))
+
+    def _seed_of(self, completion: int) -> int | None:
+        if self.seed is None:
+            return None
+        seed = self.seed + completion
+        seed += self.seed < -1 <= seed  # -1 is passed over: it means none
+        return seed if seed <= MAX_INT else seed - 2**64
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +133,6 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     cache_salt: str = ""
-
-    def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "prompt_token_ids", tuple(map(operator.index, self.prompt_token_ids)))
-        except TypeError:
-            raise RequestError("a prompt of token ids must be a list of integers") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +150,10 @@ PositionLogprobs = dict[int, Logprob]
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """`stop_reason`: the stop text or stop token id that ended it; None for end-of-text, length and abort."""
+    """`stop_reason`: the stop text or stop token id that ended it; None for end-of-text, length and abort.
+
+    `error`: why the engine aborted it; None for everything else.
+    """
 
     index: int
     text: str
@@ -155,17 +162,24 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """Times in seconds on the owner's monotonic clock, None where the event has not come."""
+    """Times in seconds on the owner's monotonic clock, None where the event has not come.
+
+    `scheduled_time`: the start of the first step that ran tokens of it. Counts: `num_output_tokens` and
+    `num_preemptions` over all completions, `num_longest_output_tokens` of the longest, `num_cached_tokens` of the one
+    that found most.
+    """
 
     arrival_time: float
     scheduled_time: float | None = None
     first_token_time: float | None = None
     finish_time: float | None = None
     num_output_tokens: int = 0
+    num_longest_output_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
 
@@ -180,10 +194,10 @@ class RequestMetrics:
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time per output token after the first."""
-        if self.finish_time is None or self.first_token_time is None or self.num_output_tokens < 2:
+        """Mean time per output token after the first, of the longest completion."""
+        if self.finish_time is None or self.first_token_time is None or self.num_longest_output_tokens < 2:
             return None
-        return (self.finish_time - self.first_token_time) / (self.num_output_tokens - 1)
+        return (self.finish_time - self.first_token_time) / (self.num_longest_output_tokens - 1)
 
     @property
     def latency_s(self) -> float | None:
@@ -204,31 +218,6 @@ class RequestOutput:
     finished: bool
 
 
-def encode_requests(requests: Iterable[Request]) -> bytes:
-    """JSON; parameters at their defaults are left out."""
-    rows: list[dict[str, object]] = []
-    for request in requests:
-        row: dict[str, object] = {"id": request.id, "prompt_token_ids": request.prompt_token_ids}
-        if params := _non_defaults(request.params):
-            row["params"] = params
-        if request.cache_salt:
-            row["cache_salt"] = request.cache_salt
-        rows.append(row)
-    return json.dumps(rows, separators=(",", ":")).encode() if rows else b""
-
-
-def decode_requests(payload: bytes) -> list[Request]:
-    """The inverse of `encode_requests`; parameters are validated again. RequestError where the payload is not one."""
-    if not payload:
-        return []
-    try:
-        return [_request(row) for row in json.loads(payload)]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"not an encoded list of requests: {error}") from error
-
-
 def parse_params(values: Mapping[str, object]) -> SamplingParams:
     """SamplingParams from plain data (configuration, JSON). RequestError names an unknown key and its neighbour."""
     names = [item.name for item in fields(SamplingParams)]
@@ -236,22 +225,6 @@ def parse_params(values: Mapping[str, object]) -> SamplingParams:
         if key not in names:
             raise RequestError(f"unknown sampling parameter {key!r}.{nearest(key, names)}")
     return SamplingParams(**values)  # type: ignore[arg-type]  # every value is checked in __post_init__
-
-
-def _request(row: Mapping[str, Any]) -> Request:
-    return Request(
-        row["id"], tuple(row["prompt_token_ids"]), parse_params(row.get("params", {})), row.get("cache_salt", "")
-    )
-
-
-def _non_defaults(params: SamplingParams) -> dict[str, object]:
-    if params == _DEFAULTS:
-        return {}
-    return {
-        item.name: value
-        for item in fields(params)
-        if (value := getattr(params, item.name)) != getattr(_DEFAULTS, item.name)
-    }
 
 
 def _sequence(name: str, value: object, kind: type) -> tuple[object, ...]:
@@ -268,20 +241,30 @@ def _sequence(name: str, value: object, kind: type) -> tuple[object, ...]:
 def _integer(name: str, value: object, low: int, high: int | None) -> None:
     allowed = f"an integer of at least {low}" if high is None else f"an integer in {low}..{high}"
     if not isinstance(value, int) or isinstance(value, bool):
-        raise RequestError(f"{name} is {value!r}: it must be {allowed}")
-    if value < low or (high is not None and value > high):
+        raise RequestError(f"{name} is {value!r:.60}: it must be {allowed}")
+    high = MAX_INT if high is None else high
+    if not low <= value <= high:
         nearby = low if value < low else high
-        raise RequestError(f"{name} is {value}: it must be {allowed}; the nearest valid value is {nearby}")
+        raise RequestError(f"{name} is {_shown(value)}: it must be {allowed}; the nearest valid value is {nearby}")
 
 
-def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool) -> float:
     allowed = f"{'above' if open_low else 'at least'} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise RequestError(f"{name} is {value!r}: it must be a finite number {allowed}")
-    if value < low or value > high or (open_low and value == low):
-        bound = high if value > high else low
+    number = math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            number = float(value)
+    if not math.isfinite(number):
+        raise RequestError(f"{name} is {_shown(value)}: it must be a finite number {allowed}")
+    if number < low or number > high or (open_low and number == low):
+        bound = high if number > high else low
         nearby = f"; the nearest valid value is {bound:g}" if bound == high or not open_low else ""
         raise RequestError(f"{name} is {value!r}: it must be {allowed}{nearby}")
+    return number
 
 
-_DEFAULTS = SamplingParams()
+def _shown(value: object) -> str:
+    """As Python writes it; long integers by their size, since Python refuses to write those of many thousand digits."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return f"{value!r:.60}"

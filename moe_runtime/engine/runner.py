@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_runtime.cache.latent import LatentKVCache
 from moe_runtime.dispatch.base import Phase
-from moe_runtime.engine.plan import ChunkKind, SequenceChunk, StepPlan
+from moe_runtime.engine.plan import PENDING, ChunkKind, SequenceChunk, StepPlan
 from moe_runtime.layers.moe import MoEStep
 from moe_runtime.layers.step import AbsorbedTokens, ExpandedChunk, StepInputs
 
@@ -66,6 +66,7 @@ class Runner:
         positions = _positions(chunks, num_tokens)
         token_ids = np.zeros(step.padded_tokens, dtype=np.int64)
         token_ids[:num_tokens] = [token for chunk in chunks for token in chunk.token_ids]
+        assert (token_ids != PENDING).all(), "a plan made before the last step was committed: the runner cannot fill it"
         table, sequence = _page_table(chunks)
         size = self.cache.page_size
         rows = table[sequence, positions // size] * size + positions % size

@@ -41,10 +41,14 @@ class TokenLogprobs(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """`token_id` is None where the logits were not finite (or min_tokens forbids every token): the request fails."""
+    """`token_id` is None where the request fails; `error` says why then."""
 
     token_id: int | None
     logprobs: TokenLogprobs | None = None
+    error: str | None = None
+
+
+NOT_FINITE = "the model's logits were not finite"
 
 
 class Sampler:
@@ -64,17 +68,23 @@ class Sampler:
         results: list[Sampled] = []
         for index, (row, token, peak) in enumerate(zip(rows, tokens, peaks.tolist(), strict=True)):
             if not math.isfinite(peak):
-                results.append(Sampled(None))
+                results.append(Sampled(None, error=NOT_FINITE))
                 continue
             params = row.params
             if not (params.greedy and _untouched(row)):
                 token = self._choose(logits[index], row)
-            wanted = params.logprobs
-            if token is None or wanted is None:
+            if token is None:
+                results.append(Sampled(None, error=self._why_none(logits[index], row)))
+            elif params.logprobs is None:
                 results.append(Sampled(token))
             else:
-                results.append(Sampled(token, token_logprobs(logits[index], token, wanted)))
+                results.append(Sampled(token, token_logprobs(logits[index], token, params.logprobs)))
         return results
+
+    def _why_none(self, logits: Tensor, row: SampleRow) -> str:
+        if float(self.adjusted(logits, row).max()) != -math.inf:
+            return "penalties or temperature took the logits out of range"
+        return f"min_tokens={row.params.min_tokens}: every token of the vocabulary would stop before"
 
     def _choose(self, logits: Tensor, row: SampleRow) -> int | None:
         if row.params.greedy:

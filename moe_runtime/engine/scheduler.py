@@ -3,18 +3,19 @@
 First come, first served. A step holds every decoding sequence, then prompt chunks up to the token budget. A prompt's
 pages are taken at admission, decoding takes one page at a time; where none is left the sequence that came last is
 preempted: it gives its pages back, keeps its tokens and is computed again (from the prefix cache where that still has
-it). The sequence that came first is never preempted while another runs, and `check` refused what cannot fit alone, so
+it). The sequence that came first is never preempted while another runs, and `add` refused what cannot fit alone, so
 every step makes progress.
 
 `plan` needs token counts only, never values: step n+1 may be planned before step n is committed. Its decode chunks then
 hold PENDING in place of the token still being sampled, and commits follow in the order of the plans. A request that
 ends meanwhile leaves a chunk behind that `commit` ignores; its pages may be reused at once, because steps run in order.
+The runner takes no PENDING tokens yet, so the engine commits each step before it plans the next.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from moe_runtime.cache.pages import PagePool
@@ -24,14 +25,17 @@ from moe_runtime.engine.sequence import SampleRow, SchedulerLimits, SequenceStat
 
 
 class Finished(NamedTuple):
-    """`stop_reason`: the stop token id, None for end-of-text and length, a text for a failure."""
+    """`stop_reason`: the stop token id, None for anything else. `error`: why the request failed."""
 
     request_id: int
     reason: FinishReason
-    stop_reason: int | str | None = None
+    stop_reason: int | None = None
+    error: str | None = None
 
 
 class SchedulerStats(NamedTuple):
+    """`prefix_*_tokens`: of requests at their first admission, where the prefix cache was asked."""
+
     num_running: int
     num_waiting: int
     outstanding_tokens: int
@@ -61,10 +65,6 @@ class Scheduler:
         return self._outstanding
 
     @property
-    def has_work(self) -> bool:
-        return bool(self._live)
-
-    @property
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
             len(self._running),
@@ -76,16 +76,12 @@ class Scheduler:
             self._prefix_hit_tokens,
         )
 
-    def check(self, request: Request) -> None:
-        """RequestError where the request could never run."""
-        check_request(request, self.limits, num_pages=self.pool.num_pages, page_size=self.pool.page_size)
-
     def add(self, request: Request) -> None:
         """Queue a request. RequestError where it could never run."""
-        self.check(request)
+        pool = self.pool
+        max_tokens = check_request(request, self.limits, num_pages=pool.num_pages, page_size=pool.page_size)
         assert request.id not in self._live, f"request {request.id} was added twice"
         params, length = request.params, len(request.prompt_token_ids)
-        max_tokens = self.limits.max_model_len - length if params.max_tokens is None else params.max_tokens
         state = SequenceState(
             request,
             list(request.prompt_token_ids),
@@ -93,7 +89,7 @@ class Scheduler:
             max_tokens,
             stop_ids=frozenset(params.stop_ids),
             eos_ids=frozenset() if params.ignore_eos else frozenset(self.limits.eos_token_ids),
-            chain=self.pool.new_chain(request.cache_salt.encode(errors="surrogatepass")),
+            chain=pool.new_chain(request.cache_salt.encode(errors="surrogatepass")),
         )
         self._live[request.id] = state
         self._waiting.append(state)
@@ -169,7 +165,10 @@ class Scheduler:
         prefill = start < state.prompt_len
         end = min(start + budget, state.prompt_len if prefill else known)
         sample = end == known
-        logit_start = max(state.prompt_logits - start, 0) if state.logprobs_due else end - start - sample
+        # Positions whose logits were delivered before a preemption are not asked for again.
+        logit_start = (
+            min(max(state.prompt_logits - start, 0), end - start) if state.logprobs_due else end - start - sample
+        )
         state.planned = end
         state.pending += sample
         state.in_flight += 1
@@ -200,16 +199,17 @@ class Scheduler:
         state.published_pages = len(found)
         state.planned = state.computed = len(found) * pool.page_size
         self._outstanding -= state.computed
-        self._prefix_query_tokens += len(state.tokens)
-        self._prefix_hit_tokens += state.computed
         if not state.scheduled:
             state.scheduled = True
             state.num_cached_tokens = state.computed
+            if pool.prefix_caching and not state.logprobs_due:
+                self._prefix_query_tokens += len(state.tokens)
+                self._prefix_hit_tokens += state.computed
         return True
 
     def _preempt(self, state: SequenceState) -> None:
         assert self._running[-1] is state
-        assert len(self._running) > 1, f"request {state.request.id} alone outgrew the cache that `check` measured"
+        assert len(self._running) > 1, f"request {state.request.id} alone outgrew the cache that `add` measured"
         self._running.pop()
         self._waiting.appendleft(state)
         self.pool.release(state.pages)
@@ -234,12 +234,15 @@ class Scheduler:
                     rows.append(SampleRow(chunk.request_id, state.request.params, state.tokens, state.prompt_len))
         return rows
 
-    def commit(self, plan: StepPlan, sampled: Mapping[int, int], *, failed: Collection[int] = ()) -> list[Finished]:
+    def commit(
+        self, plan: StepPlan, sampled: Mapping[int, int], *, failed: Mapping[int, str] | None = None
+    ) -> list[Finished]:
         """Record that `plan` ran: `sampled` has the token of every chunk with `sample` (by request id).
 
-        `failed` requests (logits that were not finite) end with "abort"; nothing they computed is found again. Plans
-        are committed in the order in which they were planned. Chunks of requests that ended meanwhile are ignored.
+        `failed` requests (id → why) end with "abort"; nothing they computed is found again. Plans are committed in the
+        order in which they were planned. Chunks of requests that ended meanwhile are ignored.
         """
+        failed = failed or {}
         finished: list[Finished] = []
         for chunk in plan.chunks:
             state = self._live.get(chunk.request_id)
@@ -254,7 +257,7 @@ class Scheduler:
                 self._advance(state, chunk)
             if chunk.request_id in failed:
                 self.pool.forget(state.pages)
-                finished.append(Finished(chunk.request_id, "abort", "the model's logits were not finite"))
+                finished.append(Finished(chunk.request_id, "abort", error=failed[chunk.request_id]))
             elif chunk.sample:
                 state.pending -= 1
                 if (end := self._append(state, sampled[chunk.request_id])) is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from moe_runtime.engine.plan import SequenceChunk
 from moe_runtime.engine.request import Request, SamplingParams
 from moe_runtime.errors import ConfigError, RequestError
 
@@ -25,16 +26,15 @@ class SchedulerLimits:
                 f"engine.max_num_seqs={self.max_num_seqs}, engine.max_model_len={self.max_model_len}: "
                 "both must be at least 1"
             )
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"engine.max_num_batched_tokens={self.max_num_batched_tokens} is below engine.max_num_seqs="
-                f"{self.max_num_seqs}: every running sequence takes a token per step "
-                f"(set engine.max_num_batched_tokens={self.max_num_seqs} or more)"
-            )
+        assert self.max_num_seqs <= self.max_num_batched_tokens, "every running sequence takes a token per step"
 
 
-def check_request(request: Request, limits: SchedulerLimits, *, num_pages: int, page_size: int) -> None:
-    """RequestError, with the numbers, where the request could never run under these limits."""
+def check_request(request: Request, limits: SchedulerLimits, *, num_pages: int, page_size: int) -> int:
+    """The most tokens that the request may write: max_tokens, within the model's length.
+
+    RequestError, with the numbers, where it could never run under these limits. Without max_tokens the cache is no
+    reason: what fits it is the limit then.
+    """
     length = len(request.prompt_token_ids)
     if not length:
         raise RequestError("the prompt is empty: at least one token is needed to continue from")
@@ -51,21 +51,16 @@ def check_request(request: Request, limits: SchedulerLimits, *, num_pages: int, 
             f"the prompt has {length} tokens: it must have at most {limits.max_model_len - 1}, one less than "
             f"engine.max_model_len={limits.max_model_len}"
         )
-    wanted = request.params.max_tokens
-    new = limits.max_model_len - length if wanted is None else wanted
-    if length + new > limits.max_model_len:
-        raise RequestError(
-            f"prompt of {length} tokens + max_tokens={new} = {length + new}: the sum must be at most "
-            f"engine.max_model_len={limits.max_model_len} (set max_tokens={limits.max_model_len - length} or less)"
-        )
-    rows = length + new - 1  # the last sampled token is never run
-    if rows > num_pages * page_size:
-        fitting = num_pages * page_size - length + 1
+    wanted, room = request.params.max_tokens, limits.max_model_len - length
+    fitting = num_pages * page_size - length + 1  # the last sampled token is never run
+    new = max(min(room, fitting), 1) if wanted is None else min(room, wanted)
+    if new > fitting:
         remedy = f"set max_tokens={fitting} or less, or " if fitting > 0 else ""
         raise RequestError(
-            f"prompt of {length} tokens + max_tokens={new} needs {-(-rows // page_size)} pages of {page_size} tokens: "
-            f"the cache has {num_pages} ({remedy}raise engine.kv_cache_bytes)"
+            f"a prompt of {length} tokens with {new} new ones needs {-(-(length + new - 1) // page_size)} pages of "
+            f"{page_size} tokens: the cache has {num_pages} ({remedy}raise engine.kv_cache_bytes)"
         )
+    return new
 
 
 class SampleRow(NamedTuple):
@@ -114,6 +109,6 @@ class SequenceState:
         """Log probabilities of the prompt were asked for and are not all delivered."""
         return self.request.params.prompt_logprobs is not None and self.prompt_logits < self.prompt_len - 1
 
-    @property
-    def output_token_ids(self) -> list[int]:
-        return self.tokens[self.prompt_len :]
+    def begins_with(self, chunk: SequenceChunk) -> bool:
+        """Whether `chunk` is the first that is run of this request."""
+        return chunk.start == self.num_cached_tokens and not self.num_preemptions

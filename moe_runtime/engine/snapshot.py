@@ -34,7 +34,7 @@ class EngineSnapshot:
     """Submitted and not finished now"""
     num_finished_requests: int
     num_prompt_tokens: int
-    """Of requests that gave a token"""
+    """Of completions that gave a token: a prompt counts once for each"""
     num_output_tokens: int
     uptime_s: float
     busy_s: float
@@ -46,7 +46,7 @@ class EngineSnapshot:
 
     @property
     def prefix_hit_rate(self) -> float:
-        """Share of prompt tokens that the prefix caches held, 0..1."""
+        """Share of prompt tokens that the prefix caches held, 0..1; of prompts that were looked up there."""
         queries = sum(group.prefix_query_tokens for group in self.groups)
         return sum(group.prefix_hit_tokens for group in self.groups) / queries if queries else 0.0
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from moe_runtime import AsyncLLM, EngineClosedError, RequestError, RequestOutput, SamplingParams
-from tests.api.tiny import alone, greedy
+from moe_runtime import AsyncLLM, ConfigError, EngineClosedError, RequestError, RequestOutput, SamplingParams
+from moe_runtime.launch.executors.virtual import VirtualExecutor
+from tests.api.tiny import NUM_MOE_LAYERS, TOP_K, alone, greedy
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +112,53 @@ def test_closing_ends_what_runs(folder: Path) -> None:
 
     assert asyncio.run(program()) == "abort"
     assert set(threading.enumerate()) == before
+
+
+def test_what_it_shows(engine: AsyncLLM) -> None:
+    async def program() -> None:
+        before = await engine.expert_load()
+        (*_, last) = [update async for update in engine.generate({"prompt_token_ids": [5, 6]}, greedy(3))]
+        report = await engine.load_report()
+        assert int(report.expert_load.sum() - before.sum()) == (2 + 2) * TOP_K * NUM_MOE_LAYERS
+        assert last.outputs[0].finish_reason == "length"
+
+    assert engine.owns_requests
+    assert engine.notice is None
+    steps = engine.num_steps
+    asyncio.run(program())
+    assert engine.num_steps > steps
+    with pytest.raises(RequestError, match="no chat template"):
+        engine.chat([{"role": "user", "content": "hello"}])
+
+
+def test_a_rank_that_only_serves_says_so(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VirtualExecutor, "serves_only", True)
+    for use in (lambda: collect(engine, [5], greedy(1)), engine.load_report, engine.expert_load):
+        with pytest.raises(ConfigError, match=r"only serves: .* on rank 0 .*, and call close\(\) here"):
+            asyncio.run(use())
+
+
+def test_a_loop_that_closes_under_an_update(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between any check and the call, the loop may close: the call says so, and nobody else hears of it."""
+
+    async def program() -> None:
+        stream = engine.generate([5], greedy(250))
+        await anext(stream)
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+
+        def closed(callback: Callable[..., None], *args: object) -> object:
+            if callback.__name__ != "put_nowait":
+                return call(callback, *args)
+            refused.set()
+            raise RuntimeError("Event loop is closed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "call_soon_threadsafe", closed)
+            assert await asyncio.to_thread(refused.wait, 10)
+            assert engine.snapshot().num_live_requests == 1, "the request ends with its iterator"
+        await stream.aclose()  # type: ignore[attr-defined]
+
+    refused = threading.Event()
+    asyncio.run(program())
+    assert len(asyncio.run(collect(engine, [5], greedy(3)))) == 3

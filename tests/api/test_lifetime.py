@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ import torch
 from moe_runtime import LLM, CheckpointError, CommunicationError, ConfigError, EngineClosedError
 from moe_runtime.engine.engine import RankEngine
 from moe_runtime.engine.runner import Runner
-from tests.api.tiny import alone, damage, greedy, tokens, write_tiny
+from moe_runtime.launch.executors.virtual import VirtualExecutor
+from tests.api.tiny import alone, damage, greedy, tokens, wait_until_idle, write_tiny
 
 OVERRIDES = ["num_threads=1"]
 
@@ -83,7 +85,7 @@ def test_dropped_by_its_own_thread(folder: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Runner, "run", dropping)
     box.append(LLM(str(folder), ep=2, overrides=OVERRIDES))
-    (handle,) = box[0]._service.submit([[5, 6]], [greedy(50)])  # unlike a stream, holds nothing
+    (handle,) = box[0]._service.submit([(5, 6)], [greedy(50)])  # unlike a stream, holds nothing
     assert handle.wait().outputs[0].finish_reason == "abort"
     until = time.monotonic() + 10
     while set(threading.enumerate()) != before and time.monotonic() < until:
@@ -169,6 +171,35 @@ def test_an_error_in_the_engine_releases_every_thread(folder: Path, monkeypatch:
         assert tensors.alive == 0, "an error that somebody keeps must not keep the engine"
     with LLM(str(folder), ep=4, tp=2, overrides=OVERRIDES) as fresh:
         assert tokens(fresh.generate([[5]], greedy(3))) == alone(folder, [[5]], greedy(3))
+
+
+def test_a_caller_that_cannot_be_told(folder: Path) -> None:
+    """Its request ends, the engine and the other callers go on."""
+
+    def refuse(update: object) -> None:
+        raise ValueError("no room")
+
+    with LLM(str(folder), ep=2, overrides=OVERRIDES) as llm:
+        (refused,) = llm._service.submit([(5, 6)], [greedy(250)], stream=True, deliver=refuse)
+        (output,) = llm.generate([[7, 8]], greedy(30))
+        assert output.outputs[0].finish_reason == "length"
+        (completion,) = refused.output().outputs
+        assert completion.finish_reason == "abort"
+        assert completion.error == "its output could not be delivered: ValueError('no room')"
+        wait_until_idle(llm)
+
+
+def test_a_rank_that_only_serves_says_so(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VirtualExecutor, "serves_only", True)
+    uses: dict[str, Callable[[], object]] = {
+        "load_report": llm.load_report,
+        "expert_load": llm.expert_load,
+        "stream": lambda: llm.stream([5]),
+        "chat": lambda: llm.chat([]),
+    }
+    for name, use in uses.items():
+        with pytest.raises(ConfigError, match=f"only serves: .*{name}.* on rank 0 .* generate.. or close.. here"):
+            use()
 
 
 @pytest.mark.usefixtures("interruptible")

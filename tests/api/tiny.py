@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,3 +81,16 @@ def alone(folder: Path, prompts: Sequence[Sequence[int]], params: SamplingParams
     """Each prompt run by itself on one rank."""
     with LLM(str(folder), ep=1, overrides=["engine.prefix_caching=false", "num_threads=1"]) as llm:
         return [tokens(llm.generate([prompt], params))[0] for prompt in prompts]
+
+
+def wait_until_idle(llm: LLM, *, within_s: float = 10.0) -> None:
+    """Until no request and no page is held."""
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        snapshot = llm.snapshot()
+        pages = {group.num_free_pages for group in snapshot.groups}
+        if not snapshot.num_live_requests and not any(group.num_running for group in snapshot.groups):
+            assert pages == {snapshot.num_pages}
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"requests or pages are still held: {llm.snapshot()}")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from moe_runtime.balance.load import LoadRecorder
+from moe_runtime.dispatch.base import GroupedRows, PaddedRows, Rows
 from moe_runtime.types import LogicalRouting
 
 
@@ -20,6 +22,21 @@ def test_counts_real_tokens_by_layer_and_expert() -> None:
     counts = recorder.counts()
     assert counts.dtype == torch.int64
     assert counts.tolist() == [[1, 1, 1, 3], [0, 0, 0, 0]]
-    recorder.reset()
-    assert not recorder.counts().any()
+    recorder.record(0, routing([[0, 1]]))
     assert counts.sum() == 6, "what was read stays as it was"
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (GroupedRows(torch.full((9, 2), torch.nan), torch.tensor([2, 5], dtype=torch.int32)), 5),
+        (GroupedRows(torch.zeros(12, 2), torch.tensor([3, 5], dtype=torch.int32), alignment=4), 4),
+        (PaddedRows(torch.zeros(2, 4, 2), torch.tensor([1, 4], dtype=torch.int32)), 5),
+    ],
+    ids=["more room than rows", "gaps", "padded"],
+)
+def test_only_real_rows_count_as_received(rows: Rows, expected: int) -> None:
+    recorder = LoadRecorder(2, 4)
+    recorder.record_received(1, rows)
+    recorder.record_received(1, rows)
+    assert recorder.received().tolist() == [0, 2 * expected]

@@ -52,8 +52,8 @@ def test_text_in_the_end_or_on_the_way(
     for each in (late, eager):
         for at, token in enumerate(written):
             last = stop and at == len(written) - 1
-            each.append(token, TokenResult(0, token, stop_reason=token if last else None))
-        each.finish("stop" if stop else "length", written[-1] if stop and written else None)
+            each.append(token, TokenResult(0, token, finish_reason="stop" if last else None))
+        each.finish("stop" if stop and written else "length")
     assert late.text == eager.text
     assert late.output() == eager.output()
 
@@ -64,6 +64,48 @@ def test_a_stop_text_among_characters_that_were_held_back() -> None:
     each.append(0xF0, TokenResult(0, 0xF0))
     each.finish("length")
     assert (each.text, each.finish_reason, each.stop_reason) == ("B", "stop", "\ufffd")
+
+
+def test_text_of_the_token_that_stopped_it() -> None:
+    """End-of-text (SPECIAL, without a stop_reason) and stop tokens alike."""
+    for stop_reason in (None, SPECIAL):
+        for include, expected in ((False, "A"), (True, "A<s>")):
+            for stream in (False, True):
+                params = SamplingParams(skip_special_tokens=False, include_stop_str_in_output=include)
+                each = completion([65], params, stream=stream)
+                each.append(65, TokenResult(0, 65))
+                each.append(SPECIAL, TokenResult(0, SPECIAL, finish_reason="stop", stop_reason=stop_reason))
+                each.finish("stop", stop_reason)
+                assert each.text == expected
+
+
+def test_metrics_of_several_completions() -> None:
+    params = SamplingParams(max_tokens=3)
+    handle = RequestHandle(7, "p", [1, 2], params, stream=True)
+    one, two = (Completion(i, Request(7 + i, (1, 2), params), 0, None, stream=True) for i in range(2))
+    handle.completions += [one, two]
+    handle.apply(one, TokenResult(7, num_cached_tokens=1), began=1.0, now=2.0)
+    assert handle.output().metrics.scheduled_time == 1.0
+    handle.apply(one, TokenResult(7, 65, num_cached_tokens=1), began=2.0, now=3.0)
+    handle.apply(two, TokenResult(8, 65, num_cached_tokens=2, num_preemptions=1), began=2.0, now=3.0)
+    metrics = handle.output().metrics
+    assert (metrics.num_cached_tokens, metrics.num_preemptions) == (2, 1), "also before the end"
+    handle.apply(one, TokenResult(7, 66, finish_reason="stop", num_preemptions=2), began=3.0, now=4.0)
+    assert handle.output().metrics.finish_time is None
+    handle.apply(two, TokenResult(8, 66, num_preemptions=1), began=3.0, now=4.0)
+    handle.apply(two, TokenResult(8, 67, finish_reason="length", num_preemptions=1), began=4.0, now=6.0)
+    metrics = handle.output().metrics
+    assert (metrics.num_output_tokens, metrics.num_longest_output_tokens, metrics.num_preemptions) == (5, 3, 3)
+    assert metrics.tpot_s == (6.0 - 3.0) / 2
+
+
+def test_a_failure_is_no_stop_reason() -> None:
+    params = SamplingParams()
+    handle = RequestHandle(7, "p", [1], params)
+    handle.completions.append(Completion(0, Request(7, (1,), params), 0, None, stream=False))
+    handle.apply(handle.completions[0], TokenResult(7, finish_reason="abort", error="not finite"), began=1.0, now=2.0)
+    (output,) = handle.output().outputs
+    assert (output.finish_reason, output.stop_reason, output.error) == ("abort", None, "not finite")
 
 
 def test_publishing() -> None:

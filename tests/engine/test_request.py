@@ -8,14 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_runtime.engine.request import (
-    Request,
-    RequestMetrics,
-    SamplingParams,
-    decode_requests,
-    encode_requests,
-    parse_params,
-)
+from moe_runtime.engine.messages import decode_requests, encode_requests
+from moe_runtime.engine.request import Request, RequestMetrics, SamplingParams, parse_params
 from moe_runtime.errors import RequestError
 
 
@@ -40,6 +34,10 @@ from moe_runtime.errors import RequestError
         ({"prompt_logprobs": 10**6}, r"prompt_logprobs is 1000000: .*1024"),
         ({"n": 0}, "n is 0"),
         ({"seed": 2**63}, "seed is"),
+        ({"temperature": 10**400}, r"temperature is an integer of 1329 bits: it must be a finite number at least 0$"),
+        ({"max_tokens": 2**63}, r"max_tokens is 9223372036854775808: .* nearest valid value is 9223372036854775807$"),
+        ({"top_k": 10**5000}, "top_k is an integer of 16610 bits: it must be an integer of at least -1"),
+        ({"stop_token_ids": [10**5000]}, "stop_token_ids is an integer of 16610 bits"),
         ({"stop": [""]}, "stop has a text of 0 characters"),
         ({"stop": [3]}, "stop holds 3"),
         ({"stop": 3}, "stop is 3"),
@@ -68,16 +66,24 @@ def test_unknown_key_names_its_neighbour() -> None:
         parse_params({"temprature": 1})
 
 
+def test_whole_numbers_are_numbers() -> None:
+    """Tensors cannot be divided by integers of more than 8 bytes."""
+    params = SamplingParams(temperature=10**30, repetition_penalty=2)
+    assert (type(params.temperature), type(params.repetition_penalty)) == (float, float)
+    assert params == SamplingParams(temperature=1e30, repetition_penalty=2.0)
+
+
 def test_completions_differ_in_seed() -> None:
     assert [child.seed for child in SamplingParams(n=3, seed=7).completions()] == [7, 8, 9]
+    assert SamplingParams(seed=-1).seed is None, "as with vLLM"
+    most = 2**63 - 1
+    for n in (1, 4):
+        for seed in (-(2**63), -3, -2, 0, most - 1, most):
+            seeds = [child.seed for child in SamplingParams(n=n, seed=seed).completions()]
+            assert seeds[0] == seed
+            assert len(set(seeds)) == n
+            assert all(value is not None and -(2**63) <= value <= most for value in seeds)
     assert [child.n for child in SamplingParams(n=2).completions()] == [1, 1]
-
-
-def test_prompt_must_be_integers() -> None:
-    with pytest.raises(RequestError, match="list of integers"):
-        Request(0, ("a",))  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="list of integers"):
-        Request(0, 3)  # type: ignore[arg-type]
 
 
 params_strategy = st.builds(
@@ -119,11 +125,11 @@ def test_garbage_is_a_request_error(payload: bytes) -> None:
 def test_encoding_is_plain_data() -> None:
     assert encode_requests([]) == b""
     payload = encode_requests([Request(1, (2, 3), SamplingParams(temperature=0))])
-    assert payload == b'[{"id":1,"prompt_token_ids":[2,3],"params":{"temperature":0}}]'
+    assert payload == b'[{"id":1,"prompt_token_ids":[2,3],"params":{"temperature":0.0}}]'
 
 
 def test_metrics() -> None:
-    metrics = RequestMetrics(1.0, 1.5, 2.0, 5.0, num_output_tokens=4)
+    metrics = RequestMetrics(1.0, 1.5, 2.0, 5.0, num_output_tokens=7, num_longest_output_tokens=4)
     assert (metrics.queue_time_s, metrics.ttft_s, metrics.tpot_s, metrics.latency_s) == (0.5, 1.0, 1.0, 4.0)
     waiting = RequestMetrics(1.0)
     assert waiting.queue_time_s is waiting.ttft_s is waiting.tpot_s is waiting.latency_s is None

@@ -94,8 +94,12 @@ def test_min_tokens_masks_what_would_stop() -> None:
     assert token(sampler, logits, row(temperature=0, min_tokens=1, stop_token_ids=[4])) == 0
     assert token(sampler, logits, row(temperature=0, min_tokens=1, ignore_eos=True)) == 2
     assert token(sampler, logits, row(temperature=0, min_tokens=1, output=(3,))) == 2
-    assert token(sampler, logits[:1], row(temperature=0, min_tokens=1, stop_token_ids=[0], ignore_eos=True)) is None
-    assert token(sampler, logits[:1], row(min_tokens=1, stop_token_ids=[0], ignore_eos=True)) is None
+    for temperature in (0.0, 1.0):
+        of = row(temperature=temperature, min_tokens=1, stop_token_ids=[0], ignore_eos=True)
+        (none,) = sampler.sample(logits[None, :1], [of])
+        assert none == Sampled(None, error="min_tokens=1: every token of the vocabulary would stop before")
+    (none,) = sampler.sample(logits[None], [row(prompt=(2,), temperature=0, repetition_penalty=1e-300)])
+    assert none == Sampled(None, error="penalties or temperature took the logits out of range")
 
 
 def test_greedy_ties_go_to_the_lowest_id() -> None:
@@ -192,7 +196,8 @@ def test_a_row_that_is_not_finite_fails_alone(bad: float, temperature: float) ->
     logits[1, 200] = bad
     logits[2] = -math.inf
     mixed = Sampler().sample(logits, rows)
-    assert mixed == [healthy[0], Sampled(None), Sampled(None), healthy[3]]
+    none = Sampled(None, error="the model's logits were not finite")
+    assert mixed == [healthy[0], none, none, healthy[3]]
     assert prompt_logprobs(logits, [1, 2, 3, 4], 1) is None
     assert prompt_logprobs(logits[3:], [4], 1) is not None
 
