@@ -158,6 +158,11 @@ def _check_fields_agree(config: ModelConfig) -> None:
             f"first_k_dense_replace={config.first_k_dense_replace} exceeds num_hidden_layers={config.num_layers}: "
             f"it counts the leading layers without experts. Use 0..{config.num_layers}."
         )
+    if config.yarn is not None and config.rope_theta <= 1.0:
+        raise ConfigError(
+            f"rope_theta={config.rope_theta:g} must be above 1 with YaRN: frequencies fall by powers of it, and YaRN "
+            "stretches the slow ones. DeepSeek's models have 10000."
+        )
     if config.qk_rope_head_dim % 2:
         raise ConfigError(
             f"qk_rope_head_dim={config.qk_rope_head_dim} is odd: rotary embedding turns pairs of numbers. "

@@ -91,7 +91,7 @@ def parse_config(values: Mapping[str, Json], *, source: str) -> ModelConfig:
 
 
 def tensor_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
-    """Every tensor that the model reads from its checkpoint, layer by layer."""
+    """Every tensor that belongs to the model in its checkpoint, layer by layer; optional ones are not read."""
     match config.family:
         case "deepseek_v2":
             return v2_weights.tensor_specs(config)

@@ -13,13 +13,16 @@ from torch.nn.functional import pad
 
 from moe_runtime.comm.base import Communicator
 from moe_runtime.dispatch.base import Capabilities, DispatchStep, Layout, Rows
-from moe_runtime.dispatch.local import rows_bytes
-from moe_runtime.dispatch.rows import lay_out, wire_order
+from moe_runtime.dispatch.rows import RowLayout, wire_order
 from moe_runtime.types import NOWHERE, Pending, PhysicalRouting
+
+ROUTE_BYTES = 8
+"""An assignment travels as slot and weight, 4 bytes each."""
 
 TOLERANCE = 1e-5
 """K terms regrouped by rank differ by at most 2(K-1)·2^-24 of the sum of their sizes (8e-7 at K=8; zeros add exactly).
-The rest allows for terms that cancel to a twelfth of their sizes."""
+The rest allows for terms that cancel to a twelfth of their sizes. For the same ep and slots the order is fixed, on CUDA
+too: the same terms give the same bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +39,10 @@ class AllGatherHandle:
 class AllGatherDispatcher:
     """`Dispatcher[AllGatherHandle]` over any communicator; each rank sums its own slots' share in fp32."""
 
-    def __init__(
-        self,
-        ep: Communicator,
-        num_slots: int,
-        *,
-        layout: Layout = Layout.GROUPED,
-        alignment: int = 1,
-    ) -> None:
-        """`num_slots`: local slots of each rank."""
+    def __init__(self, ep: Communicator, rows: RowLayout) -> None:
+        """`rows`: those of each rank."""
         self._ep = ep
-        self._slots = num_slots
-        self._layout = layout
-        self._alignment = alignment
+        self._rows = rows
 
     @property
     def capabilities(self) -> Capabilities:
@@ -64,7 +58,7 @@ class AllGatherDispatcher:
     def dispatch_begin(
         self, x: Tensor, routing: PhysicalRouting, step: DispatchStep
     ) -> Pending[tuple[Rows, AllGatherHandle]]:
-        assert x.shape[0] <= step.capacity, f"{x.shape[0]} tokens exceed the agreed capacity {step.capacity}"
+        step.check(x)
         # Slot numbers are below 2^31: ids and weights travel as one int32 tensor [C, 2K].
         meta = torch.cat([routing.expert_ids.to(torch.int32), routing.weights.view(torch.int32)], dim=1)
         missing = step.capacity - x.shape[0]
@@ -75,36 +69,36 @@ class AllGatherDispatcher:
     def combine_begin(self, y: Tensor, handle: AllGatherHandle) -> Pending[Tensor]:
         terms = wire_order(y, handle.position).float() * handle.weights
         partial = terms.new_zeros(self._ep.size * handle.capacity, y.shape[-1])
-        partial.index_add_(0, handle.token_of, terms)
+        if partial.is_cuda:
+            # index_add_ adds there by atomics, in any order; this sorts first.
+            partial.index_put_((handle.token_of,), terms, accumulate=True)
+        else:
+            partial.index_add_(0, handle.token_of, terms)
         return _Scattering(self._ep.reduce_scatter_begin(partial), handle.num_tokens, y.dtype)
-
-    def receive_bytes(self, step: DispatchStep, hidden: int, itemsize: int, top_k: int) -> int:
-        """All tokens with their routing, the rows of this rank's slots, and a second copy of these where padded."""
-        tokens = self._ep.size * step.capacity
-        per_token = min(top_k, self._slots)
-        row_bytes = hidden * itemsize
-        total = tokens * (row_bytes + 8 * top_k) + tokens * per_token * row_bytes
-        if self._layout is Layout.GROUPED and self._alignment == 1:
-            return total
-        return total + rows_bytes(tokens, per_token, self._slots, row_bytes, self._layout, self._alignment)
 
     def close(self) -> None: ...
 
     def _select(self, tokens: Tensor, routes: Tensor, capacity: int, num_tokens: int) -> tuple[Rows, AllGatherHandle]:
         """The rows of this rank's slots, sorted by slot, then token."""
-        top_k = routes.shape[1] // 2
-        slots = routes[:, :top_k] - self._ep.rank * self._slots
-        mine = ((slots >= 0) & (slots < self._slots)).nonzero()
+        top_k, num_slots = routes.shape[1] // 2, self._rows.num_slots
+        slots = routes[:, :top_k] - self._ep.rank * num_slots
+        mine = ((slots >= 0) & (slots < num_slots)).nonzero()
         slot = slots[mine[:, 0], mine[:, 1]]
-        if self._slots > 1:
+        if num_slots > 1:
             slot, order = slot.sort(stable=True)
             mine = mine[order]
         token_of = mine[:, 0]
         weights = routes[token_of, mine[:, 1] + top_k].view(torch.float32).unsqueeze(1)
-        counts = torch.bincount(slot, minlength=self._slots).unsqueeze(0)
-        wire = tokens.index_select(0, token_of)
-        rows, position = lay_out(wire, counts, self._layout, alignment=self._alignment)
+        counts = torch.bincount(slot, minlength=num_slots).unsqueeze(0)
+        rows, position = self._rows.lay_out(tokens.index_select(0, token_of), counts)
         return rows, AllGatherHandle(token_of, weights, capacity, num_tokens, position)
+
+
+def receive_bytes(*, ep: int, rows: RowLayout, tokens: int, row_bytes: int, top_k: int) -> int:
+    """All tokens with their routing, the rows of this rank's slots, and a second copy of these where there are gaps."""
+    per_token = min(top_k, rows.num_slots)
+    total = ep * tokens * (row_bytes + ROUTE_BYTES * top_k + per_token * row_bytes)
+    return total if rows.dense else total + rows.worst_bytes(ep * tokens, per_token, row_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from moe_runtime.comm.base import Communicator
 from moe_runtime.dispatch.base import Capabilities, DispatchStep, Layout, Rows
-from moe_runtime.dispatch.local import rows_bytes
-from moe_runtime.dispatch.rows import lay_out, send_order, wire_order
+from moe_runtime.dispatch.rows import RowLayout, send_order, wire_order
 from moe_runtime.types import Pending, PhysicalRouting
+
+COUNT_BYTES = 8
+"""Rows per slot travel as int64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +35,12 @@ class AllToAllHandle:
 class AllToAllDispatcher:
     """`Dispatcher[AllToAllHandle]` over any communicator; bitwise equal to `local`."""
 
-    def __init__(
-        self,
-        ep: Communicator,
-        num_slots: int,
-        *,
-        layout: Layout = Layout.GROUPED,
-        alignment: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        """`num_slots`: local slots of each rank."""
+    def __init__(self, ep: Communicator, rows: RowLayout, *, device: torch.device | str = "cpu") -> None:
+        """`rows`: those of each rank."""
         self._ep = ep
-        self._slots = num_slots
-        self._layout = layout
-        self._alignment = alignment
-        self._bounds = torch.arange(ep.size * num_slots + 1, device=device)
-        self._even = [num_slots] * ep.size
+        self._rows = rows
+        self._bounds = torch.arange(ep.size * rows.num_slots + 1, device=device)
+        self._even = [rows.num_slots] * ep.size
 
     @property
     def capabilities(self) -> Capabilities:
@@ -60,7 +52,7 @@ class AllToAllDispatcher:
         self, x: Tensor, routing: PhysicalRouting, step: DispatchStep
     ) -> Pending[tuple[Rows, AllToAllHandle]]:
         """Returns with the rows on their way: their counts are exchanged while the rows are sorted."""
-        assert x.shape[0] <= step.capacity, f"{x.shape[0]} tokens exceed the agreed capacity {step.capacity}"
+        step.check(x)
         order = send_order(routing.expert_ids, self._bounds)
         counting = self._ep.all_to_all_begin(order.counts, self._even, self._even)
         sent = self._per_rank(order.counts)
@@ -74,25 +66,25 @@ class AllToAllDispatcher:
         wire = self._ep.all_to_all_begin(wire_order(y, handle.position), handle.received, handle.sent)
         return _Returning(wire, handle)
 
-    def receive_bytes(self, step: DispatchStep, hidden: int, itemsize: int, top_k: int) -> int:
-        """All tokens of all ranks come here, each as often as it can: counts, wire rows and, where these are regrouped
-        by slot, the regrouped rows beside them."""
-        tokens = self._ep.size * step.capacity
-        per_token = min(top_k, self._slots)
-        row_bytes = hidden * itemsize
-        total = self._bounds.itemsize * self._ep.size * self._slots + tokens * per_token * row_bytes
-        if self._slots == 1 and self._layout is Layout.GROUPED and self._alignment == 1:
-            return total
-        return total + rows_bytes(tokens, per_token, self._slots, row_bytes, self._layout, self._alignment)
-
     def close(self) -> None: ...
 
     def _per_rank(self, counts: Tensor) -> list[int]:
-        per_rank: list[int] = (counts if self._slots == 1 else counts.view(-1, self._slots).sum(1)).tolist()
+        slots = self._rows.num_slots
+        per_rank: list[int] = (counts if slots == 1 else counts.view(-1, slots).sum(1)).tolist()
         return per_rank
 
     def _regroup(self, wire: Tensor, counts: Tensor) -> tuple[Rows, Tensor | None]:
-        return lay_out(wire, counts.view(-1, self._slots), self._layout, alignment=self._alignment)
+        return self._rows.lay_out(wire, counts.view(-1, self._rows.num_slots))
+
+
+def receive_bytes(*, ep: int, rows: RowLayout, tokens: int, row_bytes: int, top_k: int) -> int:
+    """All tokens of all ranks come here, each as often as it can: counts, wire rows and, where these are regrouped by
+    slot, the regrouped rows beside them."""
+    per_token = min(top_k, rows.num_slots)
+    total = COUNT_BYTES * ep * rows.num_slots + ep * tokens * per_token * row_bytes
+    if rows.num_slots == 1 and rows.dense:
+        return total
+    return total + rows.worst_bytes(ep * tokens, per_token, row_bytes)
 
 
 @dataclass(frozen=True, slots=True)

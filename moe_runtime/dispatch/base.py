@@ -40,6 +40,10 @@ class DispatchStep:
     phase: Phase
     micro_batch: int = 0
 
+    def check(self, x: Tensor) -> None:
+        """Assert that `x [T, H]` keeps to what was agreed."""
+        assert x.shape[0] <= self.capacity, f"{x.shape[0]} tokens exceed the agreed capacity {self.capacity}"
+
 
 class Layout(StrEnum):
     GROUPED = "grouped"
@@ -51,6 +55,7 @@ class GroupedRows:
     """Contiguous rows sorted by local slot (prefill).
 
     `data [R, H]`; `psum [E] int32`: end of slot e's rows; slot e+1 starts at `psum[e]` rounded up to `alignment`.
+    Rows between the slots and past `psum[-1]` are no one's: a backend may make room for more rows than it receives.
     `weights [R] fp32`, only where the backend wants them applied before combine.
     """
 
@@ -102,8 +107,5 @@ class Dispatcher(Protocol[H]):
 
     def combine_begin(self, y: Tensor, handle: H) -> Pending[Tensor]:
         """Bring the experts' outputs back (`y` shaped as the rows' data) and sum them by weight to `[T, H]`."""
-
-    def receive_bytes(self, step: DispatchStep, hidden: int, itemsize: int, top_k: int) -> int:
-        """Worst-case bytes that one rank receives in one dispatch of this step; the chunk count follows from it."""
 
     def close(self) -> None: ...

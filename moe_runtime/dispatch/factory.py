@@ -7,33 +7,54 @@ from typing import Any, Final
 import torch
 
 from moe_runtime.comm.base import Communicator
-from moe_runtime.dispatch.base import Dispatcher, Layout
+from moe_runtime.dispatch.base import Dispatcher
+from moe_runtime.dispatch.rows import RowLayout
 from moe_runtime.errors import ConfigError, nearest
 
 BACKENDS: Final = ("local", "all_to_all", "all_gather")
 
 
 def make_dispatcher(
-    name: str,
-    ep: Communicator,
-    *,
-    num_slots: int,
-    layout: Layout = Layout.GROUPED,
-    alignment: int = 1,
-    device: torch.device | str = "cpu",
+    name: str, ep: Communicator, *, rows: RowLayout, device: torch.device | str = "cpu"
 ) -> Dispatcher[Any]:
-    """The dispatcher `name` of this rank, which holds `num_slots` slots. ConfigError on an unknown name."""
+    """The dispatcher `name` of this rank, whose slots get their rows as `rows` says. ConfigError on an unknown name."""
     match name:
         case "local":
             from moe_runtime.dispatch.local import LocalDispatcher
 
-            return LocalDispatcher(num_slots, layout=layout, alignment=alignment, device=device, ep=ep.size)
+            return LocalDispatcher(rows, device=device, ep=ep.size)
         case "all_to_all":
             from moe_runtime.dispatch.all_to_all import AllToAllDispatcher
 
-            return AllToAllDispatcher(ep, num_slots, layout=layout, alignment=alignment, device=device)
+            return AllToAllDispatcher(ep, rows, device=device)
         case "all_gather":
             from moe_runtime.dispatch.all_gather import AllGatherDispatcher
 
-            return AllGatherDispatcher(ep, num_slots, layout=layout, alignment=alignment)
-    raise ConfigError(f"dispatch={name!r}: must be one of {', '.join(BACKENDS)}.{nearest(name, BACKENDS)}")
+            return AllGatherDispatcher(ep, rows)
+    raise _unknown(name)
+
+
+def receive_bytes(name: str, *, ep: int, rows: RowLayout, tokens: int, hidden: int, itemsize: int, top_k: int) -> int:
+    """Worst-case bytes that one of `ep` ranks receives in one dispatch into which every rank brings `tokens`.
+
+    Tokens are `hidden` numbers of `itemsize` bytes, each sent to `top_k` slots. ConfigError on an unknown name.
+    """
+    row_bytes = hidden * itemsize
+    match name:
+        case "local":
+            from moe_runtime.dispatch import local
+
+            return local.receive_bytes(rows=rows, tokens=tokens, row_bytes=row_bytes, top_k=top_k)
+        case "all_to_all":
+            from moe_runtime.dispatch import all_to_all
+
+            return all_to_all.receive_bytes(ep=ep, rows=rows, tokens=tokens, row_bytes=row_bytes, top_k=top_k)
+        case "all_gather":
+            from moe_runtime.dispatch import all_gather
+
+            return all_gather.receive_bytes(ep=ep, rows=rows, tokens=tokens, row_bytes=row_bytes, top_k=top_k)
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(f"dispatch={name!r}: must be one of {', '.join(BACKENDS)}.{nearest(name, BACKENDS)}")

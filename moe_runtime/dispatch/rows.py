@@ -45,37 +45,56 @@ def send_order(expert_ids: Tensor, slot_bounds: Tensor) -> SendOrder:
     return SendOrder(token_of, row_of.view(tokens, top_k), ends.diff())
 
 
-def lay_out(wire: Tensor, counts: Tensor, layout: Layout, *, alignment: int = 1) -> tuple[Rows, Tensor | None]:
-    """`wire [R, H]` in `counts [S, E] int64` blocks -> rows in canonical layout, and where each wire row went.
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """How a rank lays out the rows of its `num_slots` slots; grouped, a slot starts at a multiple of `alignment`."""
 
-    The position `[R] int64` indexes the rows' data viewed as `[-1, H]`; None where wire rows stayed as they are.
-    Padding rows are zero. Waits for the device once where there is padding.
-    """
-    sources, slots = counts.shape
-    if slots == 1 and layout is Layout.GROUPED and alignment == 1:
-        return GroupedRows(wire, torch.full((1,), wire.shape[0], dtype=torch.int32, device=wire.device)), None
-    per_slot = counts.sum(0)
-    if layout is Layout.GROUPED and alignment == 1:
-        ends = per_slot.cumsum(0)
-        if sources == 1:
-            return GroupedRows(wire, ends.to(torch.int32)), None
-        position = _positions(counts, ends - per_slot, wire.shape[0])
-        data = torch.empty_like(wire).index_copy_(0, position, wire)
-        return GroupedRows(data, ends.to(torch.int32)), position
-    if layout is Layout.GROUPED:
-        spans = (per_slot + (alignment - 1)) // alignment * alignment
-        starts = spans.cumsum(0) - spans
-        position = _positions(counts, starts, wire.shape[0])
-        data = wire.new_zeros(int(spans.sum()), wire.shape[1]).index_copy_(0, position, wire)
-        return GroupedRows(data, (starts + per_slot).to(torch.int32), alignment), position
-    capacity = int(per_slot.max())
-    position = _positions(counts, torch.arange(slots, device=wire.device) * capacity, wire.shape[0])
-    data = wire.new_zeros(slots * capacity, wire.shape[1]).index_copy_(0, position, wire)
-    return PaddedRows(data.view(slots, capacity, wire.shape[1]), per_slot.to(torch.int32)), position
+    num_slots: int
+    layout: Layout = Layout.GROUPED
+    alignment: int = 1
+
+    @property
+    def dense(self) -> bool:
+        """Whether slot follows slot without a gap."""
+        return self.layout is Layout.GROUPED and self.alignment == 1
+
+    def lay_out(self, wire: Tensor, counts: Tensor) -> tuple[Rows, Tensor | None]:
+        """`wire [R, H]` in `counts [S, E] int64` blocks -> rows in this layout, and where each wire row went.
+
+        The position `[R] int64` indexes the rows' data viewed as `[-1, H]`; None where wire rows stayed as they are.
+        Padding rows are zero. Waits for the device once where there is padding.
+        """
+        sources, slots = counts.shape
+        if slots == 1 and self.dense:
+            return GroupedRows(wire, torch.full((1,), wire.shape[0], dtype=torch.int32, device=wire.device)), None
+        per_slot = counts.sum(0)
+        if self.dense:
+            ends = per_slot.cumsum(0)
+            if sources == 1:
+                return GroupedRows(wire, ends.to(torch.int32)), None
+            position = _positions(counts, ends - per_slot, wire.shape[0])
+            data = torch.empty_like(wire).index_copy_(0, position, wire)
+            return GroupedRows(data, ends.to(torch.int32)), position
+        if self.layout is Layout.GROUPED:
+            spans = (per_slot + (self.alignment - 1)) // self.alignment * self.alignment
+            starts = spans.cumsum(0) - spans
+            position = _positions(counts, starts, wire.shape[0])
+            data = wire.new_zeros(int(spans.sum()), wire.shape[1]).index_copy_(0, position, wire)
+            return GroupedRows(data, (starts + per_slot).to(torch.int32), self.alignment), position
+        capacity = int(per_slot.max())
+        position = _positions(counts, torch.arange(slots, device=wire.device) * capacity, wire.shape[0])
+        data = wire.new_zeros(slots * capacity, wire.shape[1]).index_copy_(0, position, wire)
+        return PaddedRows(data.view(slots, capacity, wire.shape[1]), per_slot.to(torch.int32)), position
+
+    def worst_bytes(self, tokens: int, per_token: int, row_bytes: int) -> int:
+        """Most bytes of the rows' data where each of `tokens` brings up to `per_token` rows to this rank."""
+        if self.layout is Layout.PADDED:
+            return self.num_slots * tokens * row_bytes
+        return (tokens * per_token + self.num_slots * (self.alignment - 1)) * row_bytes
 
 
 def wire_order(y: Tensor, position: Tensor | None) -> Tensor:
-    """Inverse of `lay_out`: the experts' outputs `y` (shaped as the rows' data) in wire order `[R, H]`."""
+    """Inverse of `RowLayout.lay_out`: the experts' outputs `y` (shaped as the rows' data) in wire order `[R, H]`."""
     return y if position is None else y.reshape(-1, y.shape[-1]).index_select(0, position)
 
 

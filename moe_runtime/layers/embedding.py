@@ -56,8 +56,11 @@ class VocabHead:
 
 
 def _rows_or_zero(table: Tensor, index: Tensor) -> Tensor:
-    """`table [v, H]` at `index [n]`, zeros where the index lies outside: summed over ranks, the row itself, exactly."""
+    """`table [v, H]` at `index [n]`, zeros where the index lies outside: summed over ranks, the row itself, exactly.
+
+    Filled, not multiplied by 0: the clamped index may hit a row that is not finite.
+    """
     if not table.shape[0]:
         return table.new_zeros(index.shape[0], table.shape[1])
     inside = index.clamp(0, table.shape[0] - 1)
-    return table[inside] * (inside == index).unsqueeze(1)
+    return table[inside].masked_fill_((inside != index).unsqueeze(1), 0.0)

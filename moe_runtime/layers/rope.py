@@ -28,8 +28,16 @@ class RotaryTable:
     cos_sin: Tensor
 
     @classmethod
-    def build(cls, dim: int, *, theta: float, num_positions: int, yarn: YarnScaling | None) -> RotaryTable:
-        """The table of `num_positions` positions for `dim` rotary dims."""
+    def build(
+        cls,
+        dim: int,
+        *,
+        theta: float,
+        num_positions: int,
+        yarn: YarnScaling | None,
+        device: torch.device | str = "cpu",
+    ) -> RotaryTable:
+        """The table of `num_positions` positions for `dim` rotary dims; made on the CPU, so equal on every device."""
         inv_freq = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
         factor = 1.0
         if yarn is not None:
@@ -37,7 +45,7 @@ class RotaryTable:
             inv_freq = inv_freq / yarn.factor * (1 - keep) + inv_freq * keep
             factor = yarn.cos_sin_factor
         angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inv_freq)
-        return cls(torch.cat((angles.cos(), angles.sin()), dim=-1) * factor)
+        return cls((torch.cat((angles.cos(), angles.sin()), dim=-1) * factor).to(device))
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """`positions [n] int64` to (cos, sin), each `[n, R/2]`."""

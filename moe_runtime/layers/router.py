@@ -38,16 +38,6 @@ class Router:
         object.__setattr__(self, "bias", None if self.bias is None else self.bias.float())
         object.__setattr__(self, "_shared_ids", shared)
 
-    @property
-    def num_experts(self) -> int:
-        """E': routed experts and, where they are dispatched, shared ones."""
-        return self.weight.shape[0] + self.num_dispatched_shared
-
-    @property
-    def top_k(self) -> int:
-        """Assignments per token, dispatched shared experts included."""
-        return self.rule.top_k + self.num_dispatched_shared
-
     def __call__(self, x: Tensor, *, num_real: int) -> LogicalRouting:
         """Route `x [T, H]`; rows from `num_real` on are padding: they go nowhere, with weight 0."""
         logits = linear(x.float(), self.weight, batch_invariant=self.batch_invariant)

@@ -8,12 +8,10 @@ from typing import Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from moe_runtime.loading.checkpoint import Checkpoint
+from moe_runtime.loading.checkpoint import Checkpoint, Region
 from moe_runtime.loading.shard import TensorSpec, load_region
 
 T = TypeVar("T")
-
-Region = tuple[slice, ...]
 
 
 class WeightSource(Protocol):
@@ -33,7 +31,8 @@ class WeightSource(Protocol):
 
 
 class CheckpointSource:
-    """Reads from a checkpoint folder; `read` loads nothing but the region asked for."""
+    """Reads from a checkpoint folder; `read` loads nothing but the region asked for, and tells `on_read` its bytes as
+    stored (without the scales of FP8 blocks)."""
 
     def __init__(
         self,
@@ -61,7 +60,7 @@ class CheckpointSource:
 
     def read(self, name: str, region: Region | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
         tensor = load_region(self._checkpoint, self._specs[name], region, dtype=dtype or self._dtype)
-        self._on_read(tensor.nbytes)
+        self._on_read(tensor.numel() * self._checkpoint.info(name).dtype.itemsize)
         return tensor.to(self._device)
 
     def shared(self, key: Hashable, build: Callable[[], T]) -> T:

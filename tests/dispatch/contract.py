@@ -14,8 +14,9 @@ from torch import Tensor
 
 from moe_runtime.comm.base import Communicator
 from moe_runtime.dispatch.base import Dispatcher, DispatchStep, GroupedRows, Layout, PaddedRows, Phase, Rows
-from moe_runtime.dispatch.factory import make_dispatcher
+from moe_runtime.dispatch.factory import make_dispatcher, receive_bytes
 from moe_runtime.dispatch.local import LocalDispatcher
+from moe_runtime.dispatch.rows import RowLayout
 from moe_runtime.engine.lockstep import LockstepLimits
 from moe_runtime.types import NOWHERE, PhysicalRouting
 
@@ -30,7 +31,24 @@ class Backend:
         return f"{self.name}-{self.layout}-{self.alignment}"
 
     def make(self, ep: Communicator, slots: int) -> Dispatcher[Any]:
-        return make_dispatcher(self.name, ep, num_slots=slots, layout=self.layout, alignment=self.alignment)
+        return make_dispatcher(self.name, ep, rows=self.rows(slots))
+
+    def rows(self, slots: int) -> RowLayout:
+        return RowLayout(slots, self.layout, self.alignment)
+
+    def receive_bytes(
+        self, ep: int, slots: int, *, tokens: int, top_k: int, hidden: int = 16, itemsize: int = 4
+    ) -> int:
+        """Worst case of one dispatch."""
+        return receive_bytes(
+            self.name,
+            ep=ep,
+            rows=self.rows(slots),
+            tokens=tokens,
+            hidden=hidden,
+            itemsize=itemsize,
+            top_k=top_k,
+        )
 
 
 BACKENDS = [
@@ -110,7 +128,7 @@ def slot_rows(rows: Rows) -> list[Tensor]:
             assert psum.dtype == torch.int32
             starts = [0] + [-(-end // alignment) * alignment for end in psum.tolist()[:-1]]
             assert all(start <= end for start, end in zip(starts, psum.tolist(), strict=True))
-            assert psum.tolist()[-1] <= data.shape[0] < psum.tolist()[-1] + alignment
+            assert psum.tolist()[-1] <= data.shape[0]
             return [data[start:end] for start, end in zip(starts, psum.tolist(), strict=True)]
         case PaddedRows(data=data, counts=counts):
             assert counts.dtype == torch.int32
@@ -134,7 +152,7 @@ def through(dispatcher: Dispatcher[Any], case: Case, rank: int, expert: Expert) 
 
 def oracle(case: Case, rank: int, expert: Expert) -> Tensor:
     """The same through `local`, one rank with all slots."""
-    local = LocalDispatcher(case.num_physical)
+    local = LocalDispatcher(RowLayout(case.num_physical))
     whole = Case(case.num_physical, case.capacity, [case.x[rank]], [case.routing[rank]])
     return through(local, whole, 0, expert)
 
@@ -253,8 +271,8 @@ def check_receive_cap(ep: Communicator, backend: Backend, case: Case, cap_bytes:
     meter: Any = Metered(ep)
     dispatcher = backend.make(meter, case.slots)
     x, routing = case.x[ep.rank], case.routing[ep.rank]
-    per_token = dispatcher.receive_bytes(
-        DispatchStep(1, Phase.MIXED), x.shape[1], x.itemsize, routing.expert_ids.shape[1]
+    per_token = backend.receive_bytes(
+        ep.size, case.slots, tokens=1, hidden=x.shape[1], itemsize=x.itemsize, top_k=routing.expert_ids.shape[1]
     )
     limits = LockstepLimits(receive_bytes_per_token=per_token, receive_bytes_cap=cap_bytes)
     size = limits.chunk_limit(case.capacity)

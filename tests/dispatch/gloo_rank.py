@@ -8,7 +8,6 @@ import torch
 
 from moe_runtime.comm.process import init_process, join_store
 from moe_runtime.comm.torch_dist import torch_dist_groups
-from moe_runtime.dispatch.base import DispatchStep, Phase
 from moe_runtime.parallel.mesh import ProcessMesh
 from tests.dispatch import contract
 from tests.dispatch.contract import BACKENDS, make_case
@@ -35,7 +34,7 @@ def main(rank: int, world: int, port: int) -> None:
                     contract.check_identity_experts(ep, backend, case)
                     contract.check_origin_of_rows(ep, backend, case)
                 contract.check_two_in_flight(ep, backend, cases[0])
-                cap = 2 * backend.make(ep, 2).receive_bytes(DispatchStep(1, Phase.MIXED), 16, 4, 3)
+                cap = 2 * backend.receive_bytes(world, 2, tokens=1, top_k=3)
                 assert contract.check_receive_cap(ep, backend, cases[0], cap) == 3
         ep.barrier()
     except BaseException as error:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from moe_runtime.comm.base import Communicator
 from moe_runtime.comm.virtual import VirtualCluster, virtual_groups
 from moe_runtime.dispatch.base import DispatchStep, GroupedRows, Layout, PaddedRows, Phase
-from moe_runtime.dispatch.factory import make_dispatcher
+from moe_runtime.dispatch.factory import make_dispatcher, receive_bytes
 from moe_runtime.dispatch.local import LocalDispatcher
+from moe_runtime.dispatch.rows import RowLayout
 from moe_runtime.errors import ConfigError
 from moe_runtime.parallel.placement import ExpertPlacement
 from moe_runtime.parallel.replicas import ReplicaChoice
@@ -106,7 +107,7 @@ def test_small_buffers_make_chunks_and_are_never_exceeded(backend: Backend, size
         for case in (skewed, spread):
             for tokens in (1, 2, 4, 100):
                 top_k = case.routing[0].expert_ids.shape[1]
-                one = backend.make(ep, case.slots).receive_bytes(DispatchStep(1, Phase.MIXED), 16, 4, top_k)
+                one = backend.receive_bytes(ep.size, case.slots, tokens=1, top_k=top_k)
                 chunks.append(contract.check_receive_cap(ep, backend, case, tokens * one))
         return chunks
 
@@ -117,15 +118,17 @@ def test_factory_errors() -> None:
     with VirtualCluster(2) as cluster:
         ep = virtual_groups(cluster, dp=2)[0].ep
         with pytest.raises(ConfigError, match=r"local needs ep=1\. Use dispatch=all_to_all"):
-            make_dispatcher("local", ep, num_slots=2)
+            make_dispatcher("local", ep, rows=RowLayout(2))
         with pytest.raises(ConfigError, match="Did you mean 'all_to_all'"):
-            make_dispatcher("all_to_al", ep, num_slots=2)
+            make_dispatcher("all_to_al", ep, rows=RowLayout(2))
+    with pytest.raises(ConfigError, match="Did you mean 'all_gather'"):
+        receive_bytes("all_gathr", ep=1, rows=RowLayout(1), tokens=1, hidden=1, itemsize=1, top_k=1)
 
 
 def test_more_tokens_than_agreed_is_refused() -> None:
     routing = PhysicalRouting(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
     with pytest.raises(AssertionError, match="3 tokens exceed the agreed capacity 2"):
-        LocalDispatcher(1).dispatch_begin(torch.zeros(3, 4), routing, DispatchStep(2, Phase.DECODE))
+        LocalDispatcher(RowLayout(1)).dispatch_begin(torch.zeros(3, 4), routing, DispatchStep(2, Phase.DECODE))
 
 
 def test_local_is_a_weighted_sum_in_top_k_order() -> None:

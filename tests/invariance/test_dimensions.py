@@ -141,6 +141,15 @@ def test_all_gather_is_close(base: Base) -> None:
     assert_close(got, base.answers[1], tolerance=1e-5)
 
 
+@pytest.mark.parametrize(
+    "words", [[], ["engine.max_num_batched_tokens=7", "engine.max_num_seqs=6"], ["engine.padding=max"]], ids=str
+)
+def test_all_gather_gives_the_same_bits_on_as_many_ranks(base: Base, words: list[str]) -> None:
+    common = [INVARIANT, "tp=1", "ep=4", "dispatch=all_gather"]
+    want = alone(base.folder, base.prompts, common, new_tokens=NEW_TOKENS)
+    assert_same_bits(run(base.folder, [base.prompts], [*common, *words], new_tokens=NEW_TOKENS), want)
+
+
 def test_another_order_of_sums_is_noticed(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     def by_slot(y: Tensor, row_of: Tensor, weights: Tensor) -> Tensor:
         order = row_of.argsort(dim=1)

@@ -16,10 +16,10 @@ from torch.nn.functional import silu
 from moe_runtime.balance.load import LoadRecorder
 from moe_runtime.comm.base import Communicator
 from moe_runtime.comm.virtual import VirtualCluster, virtual_groups
-from moe_runtime.dispatch.base import DispatchStep, Layout, Phase
+from moe_runtime.dispatch.base import DispatchStep, GroupedRows, Layout, Phase
 from moe_runtime.dispatch.factory import make_dispatcher
-from moe_runtime.errors import ConfigError
-from moe_runtime.layers.experts import DenseMLP, Experts, slice_shared
+from moe_runtime.dispatch.rows import RowLayout
+from moe_runtime.layers.experts import DenseMLP, Experts
 from moe_runtime.layers.linear import Linear
 from moe_runtime.layers.moe import MoELayer, MoEStep
 from moe_runtime.layers.router import Router
@@ -67,6 +67,13 @@ def make_weights(num_shared: int, seed: int = 0) -> Weights:
     )
 
 
+def slice_shared(weights: Weights) -> tuple[Tensor, Tensor]:
+    """The MLP of the S shared experts as S experts whose outputs sum to it: `w13 [S, 2I, H]`, `w2 [S, H, I]`."""
+    parts = weights.num_shared
+    gate, up = (w.view(parts, WIDTH, HIDDEN) for w in (weights.shared_gate, weights.shared_up))
+    return torch.cat([gate, up], dim=1), weights.shared_down.view(HIDDEN, parts, WIDTH).transpose(0, 1).contiguous()
+
+
 def dense(weights: Weights, x: Tensor, routing: LogicalRouting) -> Tensor:
     """fp64 loop over tokens and their experts."""
     wide = x.double()
@@ -104,7 +111,7 @@ def run(weights: Weights, inputs: list[Tensor], variant: Variant, *, num_real: l
     placement = ExpertPlacement.uniform(
         2, EXPERTS + weights.num_shared * variant.dispatched, ep=variant.ep, num_redundant=variant.redundant
     )
-    sliced = slice_shared(weights.shared_gate, weights.shared_up, weights.shared_down, num_shared=weights.num_shared)
+    sliced = slice_shared(weights)
     w13, w2 = (torch.cat(pair) for pair in zip((weights.w13, weights.w2), sliced, strict=True))
     recorders = [LoadRecorder(2, placement.num_logical) for _ in range(variant.ep)]
     invariant = variant.batch_invariant
@@ -125,7 +132,7 @@ def run(weights: Weights, inputs: list[Tensor], variant: Variant, *, num_real: l
                 batch_invariant=invariant,
             ),
             selector=placement.selector(ep.rank, choice=variant.choice, ranks_per_node=2),
-            dispatcher=make_dispatcher(variant.dispatch, ep, num_slots=placement.num_local, layout=variant.layout),
+            dispatcher=make_dispatcher(variant.dispatch, ep, rows=RowLayout(placement.num_local, variant.layout)),
             experts=Experts(prepare_experts(w13[slots], w2[slots]), invariant),
             shared=None if variant.dispatched else shared,
             recorder=recorders[ep.rank],
@@ -225,18 +232,18 @@ def test_padding_rows_are_neither_counted_nor_computed() -> None:
     assert int(noisy.loads.sum()) == 4 * (TOP_K + 1)
 
 
-def test_slices_of_the_shared_mlp_sum_to_it() -> None:
-    weights = make_weights(2)
-    w13, w2 = slice_shared(weights.shared_gate, weights.shared_up, weights.shared_down, num_shared=2)
-    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
-    whole = (silu(x @ weights.shared_gate.T) * (x @ weights.shared_up.T)) @ weights.shared_down.T
-    parts = torch.zeros_like(whole)
-    for gate_up, down in zip(w13, w2, strict=True):
-        gate, up = (x @ gate_up.T).chunk(2, dim=1)
-        parts += (silu(gate) * up) @ down.T
-    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ConfigError, match="do not split into 5 experts"):
-        slice_shared(weights.shared_gate, weights.shared_up, weights.shared_down, num_shared=5)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("counts", [[5], [2, 0, 7]], ids=str)
+def test_experts_make_nothing_of_rows_past_the_last(counts: list[int], batch_invariant: bool) -> None:
+    """A backend may make room for more rows than it received; what lies there does not matter."""
+    weights, total = make_weights(1), sum(counts)
+    slots = prepare_experts(weights.w13[: len(counts)], weights.w2[: len(counts)])
+    experts, x = Experts(slots, batch_invariant), torch.randn(total, HIDDEN)
+    psum = torch.tensor(counts).cumsum(0).to(torch.int32)
+    roomy = torch.cat([x, torch.full((6, HIDDEN), torch.nan)])
+    got = experts(GroupedRows(roomy, psum))
+    assert got.shape == roomy.shape
+    torch.testing.assert_close(got[:total], experts(GroupedRows(x, psum)))
 
 
 def test_steps_are_cut_into_agreed_chunks() -> None:

@@ -129,7 +129,6 @@ def test_bf16_inputs_are_routed_in_fp32() -> None:
 def test_padding_goes_nowhere_and_shared_experts_are_always_chosen(shared: int) -> None:
     weight = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(0))
     router = Router(weight, GateRule(top_k=3, scale=4.0), num_dispatched_shared=shared)
-    assert (router.num_experts, router.top_k) == (8 + shared, 3 + shared)
     x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1))
     x[3:] = float("nan")
     routing = router(x, num_real=3)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_tools.fp8 import quantize
 
-from moe_runtime.loading.fp8 import block_region, dequantize, quantize, scale_name, scale_shape
+from moe_runtime.loading.fp8 import block_region, dequantize, scale_name, scale_shape
 
 BLOCK = (128, 128)
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from moe_tools.fp8 import quantize
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_runtime.errors import CheckpointError
 from moe_runtime.loading.checkpoint import Checkpoint
-from moe_runtime.loading.fp8 import dequantize, quantize
+from moe_runtime.loading.fp8 import dequantize
 from moe_runtime.loading.shard import TensorSpec, check_tensors, load_region
+from moe_runtime.loading.source import CheckpointSource
 
 PLAIN = frozenset({torch.float32, torch.bfloat16})
 FP8 = torch.float8_e4m3fn
@@ -180,6 +182,20 @@ def test_plain_regions_are_cast(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, good() | {NORM: weights.bfloat16()})
     got = load_region(checkpoint, SPECS[1], (slice(3, 9),), dtype=torch.float32)
     assert torch.equal(got, weights[3:9].bfloat16().float())
+
+
+def test_bytes_read_are_those_of_the_stored_dtype(tmp_path: Path) -> None:
+    counts: list[int] = []
+    source = CheckpointSource(
+        saved(tmp_path, good()),
+        {spec.name: spec for spec in SPECS},
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        on_read=counts.append,
+    )
+    source.read(NORM)
+    source.read(PROJ, (slice(0, 10), slice(5, 25)), dtype=torch.bfloat16)
+    assert counts == [200 * 2, 10 * 20]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

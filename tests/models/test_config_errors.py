@@ -88,6 +88,7 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("deepseek_v2_lite", {"topk_method": "group_limited"}, ["mean 'group_limited_greedy'"]),
     ("deepseek_v2_lite", {"norm_topk_prob": True}, ["norm_topk_prob=True", "only false"]),
     ("deepseek_v2_lite", {"mlp_bias": True}, ["mlp_bias=True", "only false"]),
+    ("deepseek_v2_lite", {"rope_interleave": False}, ["rope_interleave=False", "only true"]),
     ("deepseek_v2_lite", {"num_nextn_predict_layers": 1}, ["num_nextn_predict_layers=1", "only 0"]),
     # rotary embedding
     (
@@ -103,6 +104,8 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("deepseek_v3", {"rope_scaling": YARN | {"mscale_all_dim": -1}}, ["mscale_all_dim=-1", "at least 0"]),
     ("deepseek_v3", {"rope_scaling": YARN | {"mscale": None}}, ["mscale=None", "given with mscale_all_dim=1"]),
     ("deepseek_v3", {"rope_scaling": YARN | {"mscale": 0.5, "mscale_all_dim": 0}}, ["mscale=0.5", "mscale_all_dim"]),
+    ("deepseek_v3", {"rope_theta": 1}, ["rope_theta=1 must be above 1 with YaRN", "10000"]),
+    ("deepseek_v3", {"rope_theta": GONE, "rope_scaling": YARN | {"rope_theta": 0.5}}, ["rope_theta=0.5 must be above"]),
     ("deepseek_v3", {"rope_parameters": YARN}, ["rope_scaling", "rope_parameters is there too", "Keep one"]),
     ("deepseek_v3", {"rope_scaling": YARN | {"rope_theta": 5.0}}, ["rope_theta=10000", "rope_theta=5", "Keep one"]),
     # quantisation

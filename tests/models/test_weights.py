@@ -13,6 +13,7 @@ from moe_models.deepseek_v3.weights import mtp_tensor_specs
 from moe_models.registry import is_mtp_tensor, load_config, tensor_specs
 from moe_tools.checkpoint_presets import preset_config
 from moe_tools.make_checkpoint import main, make_checkpoint
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
@@ -58,7 +59,7 @@ def test_specs_are_what_transformers_saves(tmp_path: Path, family: str, changes:
         DeepseekV3ForCausalLM(DeepseekV3Config(**values)).save_pretrained(tmp_path)
     config = load_config(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
-    specs = {spec.name: spec.shape for spec in tensor_specs(config)}
+    specs = {spec.name: spec.shape for spec in tensor_specs(config) if not spec.optional}
     assert specs == {name: info.shape for name, info in checkpoint.tensors.items()}
     assert check_tensors(checkpoint, tensor_specs(config), skipped=lambda _: False) is None
 
@@ -83,7 +84,7 @@ def test_mtp_layers_are_written_recognised_and_skipped(tmp_path: Path) -> None:
     values = preset_config("deepseek_v3", "tiny") | {"num_nextn_predict_layers": 2}
     make_checkpoint(tmp_path, values)
     config, checkpoint = load_config(tmp_path), Checkpoint.open(tmp_path)
-    mtp = {spec.name for spec in mtp_tensor_specs(config)}
+    mtp = {spec.name for spec in mtp_tensor_specs(config) if not spec.optional}
     assert {name for name in checkpoint.tensors if is_mtp_tensor(config, name)} == mtp
     assert {"model.layers.3.eh_proj.weight", "model.layers.4.shared_head.head.weight"} <= mtp
     notice = check_tensors(checkpoint, tensor_specs(config), skipped=lambda name: is_mtp_tensor(config, name))
@@ -91,6 +92,23 @@ def test_mtp_layers_are_written_recognised_and_skipped(tmp_path: Path) -> None:
     assert notice.startswith(f"skipped {len(mtp)} multi-token-prediction tensors of layer 3, 4 (")
     head, repeated = (checkpoint.read(n) for n in ("lm_head.weight", "model.layers.3.shared_head.head.weight"))
     assert torch.equal(head, repeated)
+
+
+def test_rotary_frequencies_of_published_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, preset_config("deepseek_v3", "tiny"))
+    file = tmp_path / "model.safetensors"
+    frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    tensors = load_file(file)
+    assert not frequencies.keys() & tensors.keys()
+    save_file(tensors | frequencies, file, metadata={"format": "pt"})
+    specs = tensor_specs(load_config(tmp_path))
+    assert check_tensors(Checkpoint.open(tmp_path), specs, skipped=lambda _: False) is None
+    assert {spec.name for spec in specs if spec.optional} == frequencies.keys()
+
+
+def test_a_tied_head_is_not_written(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, preset_config("deepseek_v3", "tiny") | {"tie_word_embeddings": True})
+    assert "lm_head.weight" not in Checkpoint.open(tmp_path).tensors
 
 
 @pytest.mark.parametrize(
@@ -117,7 +135,7 @@ def test_fp8_checkpoint_passes_its_check_and_is_near_its_bf16_twin(tmp_path: Pat
     config = load_config(tmp_path / "fp8")
     assert config.quantization is not None
     fp8, twin = Checkpoint.open(tmp_path / "fp8"), Checkpoint.open(tmp_path / "plain")
-    specs = tensor_specs(config)
+    specs = [spec for spec in tensor_specs(config) if not spec.optional]
     assert check_tensors(fp8, specs, skipped=lambda _: False) is None
     projections = [s for s in specs if fp8.tensors[s.name].dtype == torch.float8_e4m3fn]
     assert {s.name.split(".")[-2] for s in projections} == {
@@ -162,7 +180,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert config.torch_dtype == torch.float32
     assert (out / "tokenizer.json").read_text() == "{}"
     count = sum(math.prod(info.shape) for info in Checkpoint.open(out).tensors.values())
-    assert count == sum(math.prod(spec.shape) for spec in tensor_specs(config))
+    assert count == sum(math.prod(spec.shape) for spec in tensor_specs(config) if not spec.optional)
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_runtime.errors import ConfigError, MoeRuntimeError
-from moe_runtime.loading.fp8 import quantize, scale_name, scale_shape
+from moe_runtime.loading.fp8 import scale_name, scale_shape
 from moe_runtime.loading.shard import TensorSpec
 from moe_tools.checkpoint_presets import PRESETS, preset_config
+from moe_tools.fp8 import quantize
 
 _DTYPES = ("bfloat16", "float32", "float16")
 _TOKENIZER_FILES = (
@@ -97,8 +98,7 @@ def _fp8_config() -> dict[str, Json]:
 
 def _plan(config: ModelConfig, *, fp8: bool) -> list[_Planned]:
     mtp = mtp_tensor_specs(config) if config.family == "deepseek_v3" else ()
-    tied = config.tie_word_embeddings
-    specs = [s for s in (*tensor_specs(config), *mtp) if not (tied and s.name == "lm_head.weight")]
+    specs = [spec for spec in (*tensor_specs(config), *mtp) if not spec.optional]
     return [_Planned(spec, _stored_dtype(spec, config.torch_dtype, fp8=fp8)) for spec in specs]
 
 

@@ -14,6 +14,7 @@ def parse_config(keys: ObjectReader) -> ModelConfig:
     keys.require("scoring_func", "softmax", because="DeepSeek-V2 routes by softmax scores")
     keys.require("norm_topk_prob", False, because="implementations of DeepSeek-V2 disagree about what true means")
     keys.require("num_nextn_predict_layers", 0, because="DeepSeek-V2 has no multi-token-prediction layers")
+    keys.require("rope_interleave", True, because="transformers' DeepSeek-V2 takes interleaved pairs whatever it says")
     method = cast(TopkMethod, keys.choice("topk_method", ["greedy", "group_limited_greedy"], default="greedy"))
     if method == "greedy":
         # Published V2-Lite says n_group=1, transformers writes null: greedy choice has no groups.

@@ -18,7 +18,7 @@ _WITH_FP8 = _PLAIN | {torch.float8_e4m3fn}
 
 
 def tensor_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
-    """Every tensor of the model, in layer order."""
+    """Every tensor of the model, in layer order; optional ones are recognised where a checkpoint has them, not read."""
     hidden, vocab = config.hidden_size, config.vocab_size
     specs = [plain("model.embed_tokens.weight", vocab, hidden)]
     for layer in range(config.num_layers):
@@ -79,6 +79,8 @@ def _attention_specs(config: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
     yield linear(config, prefix + "o_proj.weight", hidden, heads * config.v_head_dim)
     if config.attention_bias:
         yield plain(prefix + "o_proj.bias", hidden)
+    # Moonlight and Kimi-K2 carry the frequencies, which follow from config.json.
+    yield TensorSpec(prefix + "rotary_emb.inv_freq", (config.qk_rope_head_dim // 2,), dtypes=_PLAIN, optional=True)
 
 
 def _mlp_specs(config: ModelConfig, prefix: str, width: int) -> Iterator[TensorSpec]:

@@ -20,7 +20,7 @@ from moe_runtime.balance.load import LoadRecorder
 from moe_runtime.comm.base import Groups
 from moe_runtime.dispatch.base import Dispatcher
 from moe_runtime.layers.embedding import VocabEmbedding, VocabHead, vocab_shard
-from moe_runtime.layers.experts import DenseMLP, Experts, slice_shared
+from moe_runtime.layers.experts import DenseMLP, Experts
 from moe_runtime.layers.linear import Linear
 from moe_runtime.layers.mla import MLA, MLAShape, MLAWeights
 from moe_runtime.layers.moe import MoELayer
@@ -65,7 +65,6 @@ class Assembly:
             head=self._head(),
             rotary=self.source.shared("rotary", self._rotary),
             eps=config.rms_norm_eps,
-            batch_invariant=self.batch_invariant,
             location=self.groups.location,
         )
 
@@ -83,7 +82,11 @@ class Assembly:
                 cos_sin_factor=yarn.rotary_scale,
             )
         return RotaryTable.build(
-            config.qk_rope_head_dim, theta=config.rope_theta, num_positions=self.max_model_len, yarn=scaling
+            config.qk_rope_head_dim,
+            theta=config.rope_theta,
+            num_positions=self.max_model_len,
+            yarn=scaling,
+            device=self.source.device,
         )
 
     def _embedding(self) -> VocabEmbedding:
@@ -213,23 +216,17 @@ class Assembly:
         return Experts(weights, self.batch_invariant)
 
     def _expert(self, prefix: str, logical: int) -> tuple[Tensor, Tensor]:
-        """`w13 [2I, H]`, `w2 [H, I]` of a logical expert; ids from E on are the slices of the shared one."""
-        if logical >= self.config.n_routed_experts:
-            shared13, shared2 = self.source.shared((prefix, "sliced"), lambda: self._sliced_shared(prefix))
-            index = logical - self.config.n_routed_experts
-            return shared13[index], shared2[index]
+        """`w13 [2I, H]`, `w2 [H, I]` of a logical expert; ids from E on are slices of width I of the shared MLP."""
+        shared, width = logical - self.config.n_routed_experts, self.config.moe_intermediate_size
+        stem, rows, columns = f"{prefix}experts.{logical}.", None, None
+        if shared >= 0:
+            cut, every = slice(shared * width, (shared + 1) * width), slice(None)
+            stem, rows, columns = f"{prefix}shared_experts.", (cut, every), (every, cut)
         gate, up, down = (
-            self.source.read(f"{prefix}experts.{logical}.{name}_proj.weight", dtype=self.expert_dtype)
-            for name in ("gate", "up", "down")
+            self.source.read(f"{stem}{name}_proj.weight", region, dtype=self.expert_dtype)
+            for name, region in (("gate", rows), ("up", rows), ("down", columns))
         )
         return torch.cat((gate, up)), down
-
-    def _sliced_shared(self, prefix: str) -> tuple[Tensor, Tensor]:
-        gate, up, down = (
-            self.source.read(f"{prefix}shared_experts.{name}_proj.weight", dtype=self.expert_dtype)
-            for name in ("gate", "up", "down")
-        )
-        return slice_shared(gate, up, down, num_shared=self.config.n_shared_experts)
 
     # Reading
 

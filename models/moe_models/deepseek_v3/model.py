@@ -41,7 +41,6 @@ class DeepseekModel:
     head: VocabHead
     rotary: RotaryTable
     eps: float
-    batch_invariant: bool
     location: Location
 
     def __call__(self, step: StepInputs, caches: tuple[Tensor, ...]) -> Tensor:

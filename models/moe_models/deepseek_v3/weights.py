@@ -10,7 +10,7 @@ from moe_runtime.loading.shard import TensorSpec
 
 
 def tensor_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
-    """Every tensor of the main model. The correction bias is meant to be read as fp32 whatever the model's dtype."""
+    """Every tensor of the main model, as V2's. The correction bias is to be read as fp32 whatever the model's dtype."""
     biases = (_correction_bias(config, layer) for layer in config.moe_layers)
     return (*v2.tensor_specs(config), *biases)
 
