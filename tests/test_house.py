@@ -53,6 +53,8 @@ LONGER: dict[str, str] = {}
 """File → why it may be longer."""
 
 STATE: dict[str, str] = {
+    "kernels/moe_kernels/grouped_gemm/triton.py:_programs": "a device's number of multiprocessors, looked up once",
+    "kernels/moe_kernels/backends.py:_problem": "what a device lacks, looked up once: a look takes milliseconds",
     "moe_runtime/launch/compose.py:_HYDRA": "a lock beside Hydra's own process-wide state",
 }
 """file:name of module-level objects that change → why there is no other way."""
@@ -277,12 +279,19 @@ def test_files_are_short() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def is_kernel(node: ast.FunctionDef) -> bool:
+    """A Triton kernel: its arguments take a line each, and what it holds in registers cannot be handed to a helper."""
+    return any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
+
+
 def test_functions_are_short() -> None:
     wrong = [
-        found(file, node.lineno, f"{node.name} has {node.end_lineno - node.lineno + 1} lines, at most 70")
+        found(file, node.lineno, f"{node.name} has {length} lines, at most {limit}")
         for file in sources()
         for node in ast.walk(tree_of(file))
-        if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= 70
+        if isinstance(node, ast.FunctionDef) and node.end_lineno
+        for limit in [120 if is_kernel(node) else 70]
+        if (length := node.end_lineno - node.lineno + 1) > limit
     ]
     assert not wrong, "\n".join(wrong)
 
