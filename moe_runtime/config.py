@@ -38,7 +38,9 @@ class PlacementConfig:
 class EngineConfig:
     """Limits and modes of the engine. Token, sequence and cache limits hold for each DP group."""
 
-    batch_invariant: bool = setting(False, "bits independent of batch, placement and, for one tp, of ep (all_gather: for one ep); slower")
+    batch_invariant: bool = setting(
+        False, "bits that no batch, placement or ep changes (for one tp; all_gather: one ep); slower"
+    )
     max_num_batched_tokens: int = setting(
         2048, "most tokens of one step and DP group; longer prompts run in chunks", minimum=1
     )

@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-MODULES: Final = ("norm",)
+MODULES: Final = ("norm", "quant", "gate", "permute", "swiglu", "rope", "latent", "mla")
 """Packages of `moe_kernels` whose `triton.py` has `aot_cases`."""
 
 MAX_SHARED_BYTES: Final = 232_448
@@ -34,7 +34,7 @@ class AotCase:
 
     `signature`: Triton type of each run-time argument ("*bf16", "i32", "tensordesc<bf16[16,64]>"); `constants`: the
     constexpr arguments; `aligned`: run-time arguments divisible by 16, as a launch would find them. `quick`: compiled
-    in the ordinary test run, one case per kernel.
+    in the ordinary test run, one case per kernel; `fp_fusion`: whether a product and a sum may be rounded once.
     """
 
     op: str
@@ -44,6 +44,7 @@ class AotCase:
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int = 1
+    fp_fusion: bool = True
     aligned: tuple[str, ...] = ()
     quick: bool = False
     max_registers: int = 255
@@ -95,7 +96,7 @@ def compile_case(case: AotCase) -> Resources:
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constants), attrs=attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fp_fusion}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
     registers, spilled = _usage(cubin)

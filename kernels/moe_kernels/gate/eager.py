@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from moe_kernels.gate import GateRule
+    from moe_kernels.gate import GateRule, Placed, Replicas
 
 
 def top(scores: Tensor, k: int) -> Tensor:
@@ -66,3 +66,38 @@ def gate(logits: Tensor, rule: GateRule, bias: Tensor | None) -> tuple[Tensor, T
     if rule.normalise:
         weights = weights / weights.sum(dim=-1, keepdim=True).add_(1e-20)
     return ids, weights if rule.scale == 1.0 else weights * rule.scale
+
+
+def gate_and_place(
+    logits: Tensor,
+    rule: GateRule,
+    bias: Tensor | None,
+    num_shared: int,
+    num_real: int | Tensor | None,
+    replicas: Replicas | None,
+    counts: Tensor | None,
+) -> Placed:
+    from moe_kernels.gate import Placed
+
+    ids, weights = gate(logits, rule, bias)
+    tokens, experts = logits.shape
+    if num_shared:
+        shared = torch.arange(experts, experts + num_shared, device=ids.device).expand(tokens, -1)
+        ids = torch.cat([ids, shared], dim=1)
+        weights = torch.cat([weights, torch.ones_like(shared, dtype=torch.float32)], dim=1)
+    real = torch.arange(tokens, device=ids.device) < (tokens if num_real is None else num_real)
+    real = real.unsqueeze(1).expand_as(ids)
+    if counts is not None:
+        counts.index_add_(0, ids.flatten(), real.flatten().long())
+    slots = ids if replicas is None else _slots(ids, replicas).masked_fill(~real, -1)
+    ids = ids.masked_fill(~real, -1)
+    return Placed(ids, ids if replicas is None else slots, weights.masked_fill(~real, 0.0))
+
+
+def _slots(ids: Tensor, replicas: Replicas) -> Tensor:
+    """`ids [T, K+S]`, all of experts -> their slots."""
+    if replicas.counts is None:
+        return replicas.slots[ids, 0]
+    tokens, k = ids.shape
+    turn = torch.arange(tokens, device=ids.device).unsqueeze(1) + torch.arange(k, device=ids.device) + replicas.turn
+    return replicas.slots[ids, turn % replicas.counts[ids]]

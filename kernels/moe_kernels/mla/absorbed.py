@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_kernels.errors import KernelError
-from moe_kernels.mla.plan import BLOCK, GROUP, AbsorbedPart, AbsorbedPlan, plan_absorbed
+from moe_kernels.mla.plan import BLOCK, GROUP, AbsorbedPart, AbsorbedPlan, BlockedPart, plan_absorbed
 
 _FP32_ELEMENTS = 1 << 18
 """Up to this many gathered values CPU products run in fp32: a bf16 one costs 15 us however small."""
@@ -31,8 +31,9 @@ def mla_absorbed(
     -> `[T, h, C]`: token t attends to the first `kv_lens[t]` rows of its pages; `kv_lens[t] = 0` gives zeros.
 
     Only those rows are read: what else the pages hold, and the table's entries past them, do not matter. `plan` is what
-    `plan_absorbed` made of the same table, lengths and mode, to be shared by the layers of a step. With
-    `batch_invariant` a token's bits depend on its query and its rows alone. Raises KernelError where shapes differ.
+    `plan_absorbed` made of the same table, lengths and mode, to be shared by the layers of a step. Scores are fp32 in
+    every dtype. With `batch_invariant` a token's bits depend on its query and its rows alone. Raises KernelError where
+    shapes differ.
     """
     if q_latent.shape[-1] + q_rope.shape[-1] != cache.shape[-1] or page_table.shape[0] != q_latent.shape[0]:
         raise KernelError(
@@ -49,8 +50,12 @@ def mla_absorbed(
     query = torch.cat((q_latent, q_rope), dim=-1)
     if plan.order is not None:
         query = query.index_select(0, plan.order)
-    core, rows = (_blocked if batch_invariant else _whole), cache.flatten(0, 1)
-    outs = [core(query[part.first : part.first + part.count], rows, part, scale) for part in plan.parts]
+    rows, outs = cache.flatten(0, 1), []
+    for part in plan.parts:
+        some = query[part.first : part.first + part.count]
+        outs.append(
+            _blocked(some, rows, part, scale) if isinstance(part, BlockedPart) else _whole(some, rows, part, scale)
+        )
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     if plan.empty is not None:
         out = out.masked_fill(plan.empty, 0.0)
@@ -62,15 +67,25 @@ def mla_absorbed(
 def _whole(query: Tensor, cache: Tensor, part: AbsorbedPart, scale: float) -> Tensor:
     """`query [t, h, D]` -> `[t, h, D]`, each token's rows side by side."""
     rows = cache.index_select(0, part.rows.view(-1)).view(*part.rows.shape, cache.shape[1])
-    if query.device.type == "cpu" and rows.numel() <= _FP32_ELEMENTS:
+    if query.dtype == torch.float32 or (query.device.type == "cpu" and rows.numel() <= _FP32_ELEMENTS):
         wide = rows.float()
         scores = torch.baddbmm(part.bias, query.float(), wide.transpose(1, 2), alpha=scale)
         return torch.bmm(scores.softmax(dim=-1), wide).to(query.dtype)
-    scores = torch.baddbmm(part.bias.to(query.dtype), query, rows.transpose(1, 2), alpha=scale)
-    return torch.bmm(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), rows)
+    scores = _fp32_product(query, rows.transpose(1, 2)).mul_(scale).add_(part.bias)
+    return torch.bmm(scores.softmax(dim=-1).to(query.dtype), rows)
 
 
-def _blocked(query: Tensor, cache: Tensor, part: AbsorbedPart, scale: float) -> Tensor:
+def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a [t, h, D] @ b [t, D, L]`, both 16-bit -> `[t, h, L] fp32`."""
+    if a.device.type != "cpu":
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    # CPU products sum in fp32 and round to the inputs' dtype: a second one brings what the first has rounded away.
+    # 1.4 times the time of one in all; copies of `b` in fp32 take 1.4 to 4 times.
+    rounded = torch.bmm(a, b)
+    return rounded.float().add_(torch.baddbmm(rounded, a, b, beta=-1))
+
+
+def _blocked(query: Tensor, cache: Tensor, part: BlockedPart, scale: float) -> Tensor:
     """As `_whole` in fp32, BLOCK rows at a time of GROUP tokens, each product of one shape and aligned alike.
 
     A block past a token's length leaves its maximum, sum and output as they are, bit for bit.
@@ -80,12 +95,14 @@ def _blocked(query: Tensor, cache: Tensor, part: AbsorbedPart, scale: float) -> 
     wide = F.pad(query.float(), (0, extra, 0, 0, 0, GROUP - count))
     peak = wide.new_full((GROUP, wide.shape[1], 1), -torch.inf)
     total, out = torch.zeros_like(peak), torch.zeros_like(wide)
-    for start in range(0, part.rows.shape[1], BLOCK):
-        here = slice(start, start + BLOCK)
-        block = cache.index_select(0, part.rows[:, here].reshape(-1)).float().view(GROUP, BLOCK, width)
+    for places in part.blocks:
+        rows, past = part.rows(places)
+        block = cache.index_select(0, rows.view(-1)).float().view(GROUP, BLOCK, width)
         if extra:
             block = F.pad(block, (0, extra))
-        scores = torch.bmm(wide, block.transpose(1, 2)).mul_(scale).add_(part.bias[..., here])
+        scores = torch.bmm(wide, block.transpose(1, 2)).mul_(scale)
+        if past is not None:
+            scores.masked_fill_(past.unsqueeze(1), -torch.inf)
         new_peak = torch.maximum(peak, scores.amax(dim=-1, keepdim=True))
         probs = scores.sub_(new_peak).exp_()
         decay = peak.sub_(new_peak).exp_()

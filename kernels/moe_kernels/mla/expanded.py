@@ -9,43 +9,60 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def mla_expanded(
-    q: Tensor, kv_latent: Tensor, k_rope: Tensor, w_k: Tensor, w_v: Tensor, *, scale: float, start: int
-) -> Tensor:
-    """`q [n, h, Dn+R]`, `kv_latent [L, C]`, `k_rope [L, R]`, `w_k [h, Dn, C]`, `w_v [h, Dv, C]` -> `[n, h, Dv]`.
-
-    One sequence: query i, at absolute position `start + i`, attends to rows 0..start+i; L >= start + n.
-    """
-    out = mla_expanded_batched(
-        q.unsqueeze(0), kv_latent.unsqueeze(0), k_rope.unsqueeze(0), w_k, w_v, scale=scale, start=start
-    )
-    return out.squeeze(0)
+_MAX_ELEMENTS = 1 << 26
+"""Most numbers of keys and values, and of a mask, held at once: 256 MiB in fp32. One head's are never split."""
 
 
 def mla_expanded_batched(
     q: Tensor, kv_latent: Tensor, k_rope: Tensor, w_k: Tensor, w_v: Tensor, *, scale: float, start: int
 ) -> Tensor:
-    """`mla_expanded` for B sequences of equal n and start: `q [B, n, h, Dn+R]`, `kv_latent [B, L, C]`,
-    `k_rope [B, L, R]` -> `[B, n, h, Dv]`."""
+    """`q [B, n, h, Dn+R]`, `kv_latent [B, L, C]`, `k_rope [B, L, R]`, `w_k [h, Dn, C]`, `w_v [h, Dv, C]`
+    -> `[B, n, h, Dv]`.
+
+    Query i of a sequence, at absolute position `start + i`, attends to its rows 0..start+i; L >= start + n. Sequences,
+    then heads, take turns where the keys and values of all would take too much memory.
+    """
     batch, n, heads, width = q.shape
-    length = start + n
+    per_head = (start + n) * (width + max(width, w_v.shape[1]))
+    if batch * heads * per_head <= _MAX_ELEMENTS:
+        return _attend(q, kv_latent, k_rope, w_k, w_v, scale=scale, start=start)
+    if batch > 1:
+        each = zip(torch.split(q, 1), torch.split(kv_latent, 1), torch.split(k_rope, 1), strict=True)
+        return torch.cat([mla_expanded_batched(*x, w_k=w_k, w_v=w_v, scale=scale, start=start) for x in each])
+    some = max(1, _MAX_ELEMENTS // per_head)
+    parts = zip(torch.split(q, some, dim=2), torch.split(w_k, some), torch.split(w_v, some), strict=True)
+    outs = [_attend(few, kv_latent, k_rope, k, v, scale=scale, start=start) for few, k, v in parts]
+    return torch.cat(outs, dim=2)
+
+
+def _attend(
+    q: Tensor, kv_latent: Tensor, k_rope: Tensor, w_k: Tensor, w_v: Tensor, *, scale: float, start: int
+) -> Tensor:
+    batch, n, heads, width = q.shape
+    length, nope = start + n, w_k.shape[1]
     latent = kv_latent[:, :length]
-    k_nope = F.linear(latent, w_k.flatten(0, 1)).view(batch, length, heads, w_k.shape[1])
+    key = q.new_empty(batch, length, heads, width)
+    key[..., :nope] = F.linear(latent, w_k.flatten(0, 1)).view(batch, length, heads, nope)
+    key[..., nope:] = k_rope[:, :length, None]
     value = F.linear(latent, w_v.flatten(0, 1)).view(batch, length, heads, w_v.shape[1])
-    rope = k_rope[:, :length, None].expand(batch, length, heads, k_rope.shape[-1])
-    key = torch.cat((k_nope, rope), dim=-1)
     # CPU's flash kernel wants values as wide as keys.
     narrow = value.shape[-1] < width and q.device.type == "cpu"
     if narrow:
         value = F.pad(value, (0, width - value.shape[-1]))
-    mask = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(start) if start else None
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=not start,
-        scale=scale,
-    ).transpose(1, 2)
+    q, key, value = q.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if start:
+        out = _masked(q, key, value, scale=scale, start=start)
+    else:
+        out = F.scaled_dot_product_attention(q, key, value, is_causal=True, scale=scale)
+    out = out.transpose(1, 2)
     return out[..., : w_v.shape[1]] if narrow else out
+
+
+def _masked(q: Tensor, key: Tensor, value: Tensor, *, scale: float, start: int) -> Tensor:
+    """`q [B, h, n, D]`, `key`, `value [B, h, L, D]` -> `[B, h, n, D]`, as many queries at once as a mask may have."""
+    outs, length = [], key.shape[2]
+    for some in torch.split(q, max(1, _MAX_ELEMENTS // length), dim=2):
+        mask = torch.ones(some.shape[2], length, dtype=torch.bool, device=q.device).tril(start)
+        outs.append(F.scaled_dot_product_attention(some, key, value, attn_mask=mask, scale=scale))
+        start += some.shape[2]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)

@@ -26,7 +26,7 @@ class AbsorbedPart:
 
     `rows [t, L] int64` rows of the flat cache; those past a token's length repeat its last one, so that nothing but the
     token's own rows is ever read. `bias [t, 1, L] fp32` is 0 for the token's rows and -inf past them (an empty
-    sequence keeps its first). t = count, or GROUP in the invariant mode, where L is a multiple of BLOCK.
+    sequence keeps its first).
     """
 
     first: int
@@ -36,11 +36,49 @@ class AbsorbedPart:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """BLOCK places of any sequence, before place `end`: `places [BLOCK]`, the page of each (its column in a table) and
+    the offset in that page; int64."""
+
+    end: int
+    places: Tensor
+    pages: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BlockedPart:
+    """Tokens `first .. first + count` in the invariant mode: their rows block by block, since those of all blocks would
+    take 8 bytes per token and cached row. The last token stands for those that GROUP lacks.
+
+    `starts [GROUP, pages] int64`: first flat row of each page. `limits`, `last [GROUP, 1] int64`: a token's length (1
+    where it has none) and its last flat row. `shortest`: the least limit.
+    """
+
+    first: int
+    count: int
+    blocks: tuple[Block, ...]
+    starts: Tensor
+    limits: Tensor
+    last: Tensor
+    shortest: int
+
+    def rows(self, block: Block) -> tuple[Tensor, Tensor | None]:
+        """`[GROUP, BLOCK] int64` rows of the flat cache, and a mask of those past their token's length, which repeat
+        its last one (None: there are none)."""
+        rows = self.starts.index_select(1, block.pages).add_(block.offsets)
+        if block.end <= self.shortest:
+            return rows, None
+        past = block.places >= self.limits
+        return torch.where(past, self.last, rows), past
+
+
+@dataclass(frozen=True, slots=True)
 class AbsorbedPlan:
     """Parts of the tokens in `order` (None: as they come; `back` undoes it); `empty [T, 1, 1] bool` marks tokens that
-    have no rows (None where all have)."""
+    have no rows (None where all have). `blocked`: the plan is one of the invariant mode."""
 
-    parts: tuple[AbsorbedPart, ...]
+    parts: tuple[AbsorbedPart | BlockedPart, ...]
     order: Tensor | None
     back: Tensor | None
     empty: Tensor | None
@@ -55,28 +93,25 @@ def plan_absorbed(
     `batch_invariant` is that of the call. Waits for the lengths where they are on a device.
     """
     lengths: list[int] = kv_lens.tolist()
-    order = back = None
+    empty = kv_lens.eq(0).view(-1, 1, 1) if 0 in lengths else None
     if batch_invariant:
-        spans = [(first, min(GROUP, len(lengths) - first)) for first in range(0, len(lengths), GROUP)]
-    elif len(lengths) * max(lengths, default=0) <= _SMALL_ROWS:
+        return AbsorbedPlan(_blocked_parts(page_table, kv_lens, lengths, page_size), None, None, empty, True)
+    order = back = None
+    if len(lengths) * max(lengths, default=0) <= _SMALL_ROWS:
         spans = [(0, len(lengths))] if lengths else []
     else:
         order = kv_lens.argsort(descending=True, stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(lengths), device=order.device))
         page_table, kv_lens = page_table.index_select(0, order), kv_lens.index_select(0, order)
+        empty = None if empty is None else empty.index_select(0, order)
         lengths.sort(reverse=True)
         spans = _spans(lengths)
     parts = []
     for first, count in spans:
         here = slice(first, first + count)
-        longest = max(1, *lengths[here])
         table, limits = page_table[here].long(), kv_lens[here].long().clamp(min=1).unsqueeze(1)
-        if batch_invariant:
-            longest = -(-longest // BLOCK) * BLOCK
-            table, limits = _fill(table, 0), _fill(limits, 1)
-        parts.append(_part(first, count, table, limits, longest, page_size))
-    empty = kv_lens.eq(0).view(-1, 1, 1) if 0 in lengths else None
-    return AbsorbedPlan(tuple(parts), order, back, empty, batch_invariant)
+        parts.append(_part(first, count, table, limits, max(1, *lengths[here]), page_size))
+    return AbsorbedPlan(tuple(parts), order, back, empty, False)
 
 
 def _spans(lengths: list[int]) -> list[tuple[int, int]]:
@@ -90,17 +125,43 @@ def _spans(lengths: list[int]) -> list[tuple[int, int]]:
     return [*spans, (first, len(lengths) - first)]
 
 
-def _fill(x: Tensor, value: int) -> Tensor:
-    """Rows of `value` up to GROUP rows."""
-    short = GROUP - x.shape[0]
-    return torch.cat((x, x.new_full((short, x.shape[1]), value))) if short else x
-
-
 def _part(first: int, count: int, table: Tensor, limits: Tensor, longest: int, page_size: int) -> AbsorbedPart:
     """`table [t, max_pages]`, `limits [t, 1]` >= 1."""
     places = torch.arange(longest, device=table.device)
-    seen = torch.minimum(places, limits - 1)
-    pages = table.gather(1, seen.div(page_size, rounding_mode="floor")) if table.shape[1] else seen * 0
-    rows = pages.mul_(page_size).add_(seen.remainder_(page_size)).clamp_(min=0)
+    rows = _flat_rows(table, torch.minimum(places, limits - 1), page_size)
     bias = torch.zeros(rows.shape, device=table.device).masked_fill_(places >= limits, -torch.inf)
     return AbsorbedPart(first, count, rows, bias.unsqueeze(1))
+
+
+def _flat_rows(table: Tensor, places: Tensor, page_size: int) -> Tensor:
+    """The flat row of each of `places [t, n]`; a page that is none counts as page 0."""
+    pages = table.gather(1, places.div(page_size, rounding_mode="floor")) if table.shape[1] else places * 0
+    return pages.mul_(page_size).add_(places.remainder(page_size)).clamp_(min=0)
+
+
+def _blocked_parts(page_table: Tensor, kv_lens: Tensor, lengths: list[int], page_size: int) -> tuple[BlockedPart, ...]:
+    """GROUP tokens each, in the order in which they come."""
+    if not lengths:
+        return ()
+    device, groups = kv_lens.device, -(-len(lengths) // GROUP)
+    full = torch.arange(groups * GROUP, device=device).clamp_(max=len(lengths) - 1)
+    table = page_table.long().index_select(0, full)
+    limits = kv_lens.long().index_select(0, full).clamp_(min=1).unsqueeze(1)
+    last = _flat_rows(table, limits - 1, page_size)
+    # The places past a sequence's pages, up to a whole block, are masked: any page will do for them.
+    starts = table.clamp_(min=0).mul_(page_size) if table.shape[1] else limits * 0
+    blocks = _blocks(max(1, *lengths), page_size, num_pages=starts.shape[1], device=device)
+    parts = []
+    for first in range(0, len(lengths), GROUP):
+        here, mine = slice(first, first + GROUP), [max(1, length) for length in lengths[first : first + GROUP]]
+        seen = blocks[: -(-max(mine) // BLOCK)]
+        parts.append(BlockedPart(first, len(mine), seen, starts[here], limits[here], last[here], min(mine)))
+    return tuple(parts)
+
+
+def _blocks(longest: int, page_size: int, *, num_pages: int, device: torch.device) -> tuple[Block, ...]:
+    """The blocks of a sequence of `longest` rows."""
+    places = torch.arange(-(-longest // BLOCK) * BLOCK, device=device)
+    pages = places.div(page_size, rounding_mode="floor").clamp_(max=num_pages - 1)
+    columns = zip(*(torch.split(x, BLOCK) for x in (places, pages, places.remainder(page_size))), strict=True)
+    return tuple(Block((i + 1) * BLOCK, *column) for i, column in enumerate(columns))
