@@ -8,11 +8,11 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 JOBS ?= 2
 
-.PHONY: run test full lint types format clean help
+.PHONY: run test full lint types format clean help gpu gpu-test gpu-bench gpu-wheels
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
@@ -40,6 +40,32 @@ types: $(STAMP) ## mypy --strict on all packages and tests
 
 format: $(STAMP) ## let ruff rewrite the files
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+# On a machine with a GPU, from a bare checkout: the python there brings torch and triton, nothing is installed.
+# Wheels that `make gpu-wheels` fetched before, on a machine with a package index, are unpacked beside the checkout.
+GPU_PYTHON ?= python3
+GPU_WHEELS := .whl
+GPU_SITE := .whl/site
+GPU_ENV := PYTHONPATH=.:kernels:models:tools:$(GPU_SITE)
+
+gpu: gpu-test gpu-bench ## GPU tests, then GPU benchmarks
+
+gpu-test: $(GPU_SITE) ## the Triton kernels' tests on a CUDA device
+	$(GPU_ENV) $(GPU_PYTHON) -m pytest -q -n 8 -p no:cacheprovider tests/kernels -k "triton or gpu"
+
+gpu-bench: $(GPU_SITE) ## kernels against their floors, into docs/measurements/gpu.jsonl
+	$(GPU_ENV) $(GPU_PYTHON) -m moe_tools.bench kernels
+
+gpu-wheels: ## fetch the few wheels that the end-to-end GPU tests need where there is no package index
+	$(PYTHON) -m pip download -q --no-deps -d $(GPU_WHEELS) -c constraints.txt --python-version 3.12 \
+	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \
+	  --platform manylinux2014_x86_64 --only-binary=:all: greenlet hydra-core omegaconf
+	$(PYTHON) -m pip wheel -q --no-deps -w $(GPU_WHEELS) antlr4-python3-runtime==4.9.3
+
+$(GPU_SITE):
+	@mkdir -p $@
+	@if ls $(GPU_WHEELS)/*.whl >/dev/null 2>&1; then \
+	  $(GPU_PYTHON) -m pip install -q --no-index --no-deps --no-compile --target $@ $(GPU_WHEELS)/*.whl; fi
 
 clean: ## remove the environment, caches and build outputs
 	rm -rf .venv dist build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-MODULES: Final = ("norm", "quant", "gate", "permute", "swiglu", "rope", "latent", "mla")
+MODULES: Final = ("norm", "quant", "gate", "permute", "swiglu", "rope", "latent", "mla", "grouped_gemm", "experts")
 """Packages of `moe_kernels` whose `triton.py` has `aot_cases`."""
 
 MAX_SHARED_BYTES: Final = 232_448

@@ -201,6 +201,7 @@ def test_slots_are_written_and_read(hidden: int, width: int, dtype: torch.dtype)
     assert held.num_bytes == w13.nbytes + w2.nbytes
     for slot in range(3):
         got13, got2 = held.read_slot(slot)
+        assert isinstance(got13, Tensor) and isinstance(got2, Tensor)
         assert torch.equal(got13, w13[slot])
         assert torch.equal(got2, w2[slot])
     x, psum = torch.randn(6, hidden).to(dtype), torch.tensor([2, 2, 6], dtype=torch.int32)
@@ -214,11 +215,11 @@ def test_errors() -> None:
     ends = torch.tensor([1, 2], dtype=torch.int32)
     with pytest.raises(KernelError, match=r"\(2, 8, 4\)"):
         prepare_experts(w13, w2.transpose(1, 2))
-    with pytest.raises(KernelError, match=r"need \[\.\.\., 8\]"):
+    with pytest.raises(KernelError, match=r"x must be \[\.\.\., 8\]"):
         expert_mlp_ragged(torch.zeros(2, 7), held, psum=ends)
     with pytest.raises(KernelError, match="2 slots need one each"):
         expert_mlp_padded(torch.zeros(2, 1, 8), held, counts=ends[:1])
-    with pytest.raises(KernelError, match="choose 'torch'"):
+    with pytest.raises(KernelError, match="choose one of torch, triton, deep_gemm"):
         grouped_gemm_ragged(torch.zeros(2, 8), w13, ends, backend="cuda")
     with pytest.raises(KernelError, match=r"\[\.\.\., 8\]"):
         grouped_gemm_padded(torch.zeros(2, 1, 7), w13, ends)

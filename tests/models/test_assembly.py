@@ -95,6 +95,8 @@ def test_dispatched_shared_experts_are_read_slice_by_slice(folder: Path) -> None
     gate, up, down = (checkpoint.read(f"{stem}{name}_proj.weight") for name in ("gate", "up", "down"))
     for shared, cut in enumerate(cuts):
         w13, w2 = layer.experts.weights.read_slot(ROUTED + shared)
+        assert isinstance(w13, torch.Tensor)
+        assert isinstance(w2, torch.Tensor)
         assert torch.equal(w13, torch.cat((gate[cut], up[cut])))
         assert torch.equal(w2, down[:, cut])
 

@@ -15,5 +15,5 @@ def expert_mlp(x: Tensor, weights: ExpertWeights, rows: SlotRows, *, batch_invar
     way = choose(weights.w13, rows, batch_invariant=batch_invariant) if x.shape[0] else None
     if way is None:
         return x.new_zeros(x.shape)
-    hidden = swiglu(run(collect(x, way), weights.w13, way), fast=not batch_invariant)
+    hidden = swiglu(run(collect(x, way), weights.w13, way, halves=True), fast=not batch_invariant, backend="torch")
     return bring_back(run(hidden, weights.w2, way), way)

@@ -11,13 +11,21 @@ from moe_kernels.errors import KernelError
 from moe_kernels.grouped_gemm.eager import GATHER_MAX_BYTES
 from moe_kernels.grouped_gemm.weights import PackedSlots, SlotWeights, num_bytes
 from moe_kernels.linear.packed import PackedWeight, pack, worth_packing
+from moe_kernels.scaled import BlockScaled, num_blocks
+
+FP8 = torch.float8_e4m3fn
+
+OneSlot = Tensor | BlockScaled
+"""One slot's weight `[N, K]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """`w13 [E, 2I, H]` (gate rows first, then up) and `w2 [E, H, I]`, plain or packed slot by slot.
+    """`w13 [E, 2I, H]` (gate rows first, then up) and `w2 [E, H, I]`: plain, packed slot by slot, or block-scaled fp8.
 
-    Either form holds the bytes of the plain weights (packed: rows rounded up to 64).
+    Any form holds the bytes of the plain weights (packed: rows rounded up to 64) and of the scales. In w13 gate and up
+    have blocks of their own: `scale [E, 2 ceil(I/128), ceil(H/128)]`, the gate's first, as two matrices of a checkpoint
+    have; where 128 divides I these are the blocks of one `[2I, H]` matrix. w2 has `[E, ceil(H/128), ceil(I/128)]`.
     """
 
     w13: SlotWeights
@@ -33,30 +41,60 @@ class ExpertWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.w13.dtype
+        """What plain rows come in: the weights' dtype, and bf16 for block-scaled ones (which take any float)."""
+        return torch.bfloat16 if isinstance(self.w13, BlockScaled) else self.w13.dtype
 
     @property
     def num_bytes(self) -> int:
         """Memory that the weights hold."""
         return num_bytes(self.w13) + num_bytes(self.w2)
 
-    def write_slot_(self, slot: int, *, w13: Tensor, w2: Tensor) -> None:
-        """Replace one slot's weights: `w13 [2I, H]`, `w2 [H, I]`. Raises KernelError on other shapes or dtypes."""
-        for name, old, new in (("w13", self.w13, w13), ("w2", self.w2, w2)):
-            if new.shape != old.shape[1:] or new.dtype != old.dtype:
-                rule = f"{tuple(old.shape[1:])} {old.dtype}"
-                raise KernelError(f"slot {slot} got {name} {tuple(new.shape)} {new.dtype}; it must be {rule}")
+    def write_slot_(self, slot: int, *, w13: OneSlot, w2: OneSlot) -> None:
+        """Replace one slot's weights, in place: `w13 [2I, H]`, `w2 [H, I]`, in the form that the slots have.
+
+        Raises KernelError on other forms, shapes or dtypes.
+        """
+        pairs = (("w13", self.w13, w13), ("w2", self.w2, w2))
+        for name, old, new in pairs:
+            _check_slot(slot, name, old, new)
+        for _, old, new in pairs:
+            if isinstance(old, BlockScaled):
+                assert isinstance(new, BlockScaled), "checked above"
+                old.data[slot].copy_(new.data)
+                old.scale[slot].copy_(new.scale)
+                continue
+            assert isinstance(new, Tensor), "checked above"
             if isinstance(old, PackedSlots):
                 old.write_slot_(slot, new)
             else:
                 old[slot].copy_(new)
 
-    def read_slot(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Copies of one slot's plain weights: `(w13 [2I, H], w2 [H, I])`."""
-        if isinstance(self.w13, PackedSlots) and isinstance(self.w2, PackedSlots):
-            return self.w13.parts[slot].dense(), self.w2.parts[slot].dense()
-        assert isinstance(self.w13, Tensor) and isinstance(self.w2, Tensor), "both weights have one form"
-        return self.w13[slot].clone(), self.w2[slot].clone()
+    def read_slot(self, slot: int) -> tuple[OneSlot, OneSlot]:
+        """Copies of one slot's weights, `(w13 [2I, H], w2 [H, I])`: plain, or block-scaled where the slots are."""
+        return _copy(self.w13, slot), _copy(self.w2, slot)
+
+
+def _check_slot(slot: int, name: str, old: SlotWeights, new: OneSlot) -> None:
+    if isinstance(old, BlockScaled):
+        rule = f"BlockScaled {tuple(old.shape[1:])} with scales {tuple(old.scale.shape[1:])}"
+        fits = isinstance(new, BlockScaled) and new.shape == old.shape[1:] and new.scale.shape == old.scale.shape[1:]
+        fits = fits and isinstance(new, BlockScaled) and new.data.dtype is FP8 and new.scale.dtype is torch.float32
+    else:
+        rule = f"{tuple(old.shape[1:])} {old.dtype}"
+        fits = isinstance(new, Tensor) and new.shape == old.shape[1:] and new.dtype is old.dtype
+    if not fits:
+        seen = str(new.dtype) if isinstance(new, Tensor) else f"with scales {tuple(new.scale.shape)}"
+        raise KernelError(f"slot {slot} got {name} {tuple(new.shape)} {seen}; it must be {rule}")
+
+
+def _copy(w: SlotWeights, slot: int) -> OneSlot:
+    match w:
+        case PackedSlots():
+            return w.parts[slot].dense()
+        case BlockScaled():
+            return BlockScaled(w.data[slot].clone(), w.scale[slot].clone())
+        case _:
+            return w[slot].clone()
 
 
 def _packs(shape13: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
@@ -67,7 +105,15 @@ def _packs(shape13: tuple[int, int], dtype: torch.dtype, device: torch.device) -
 def allocate_experts(
     num_slots: int, hidden: int, intermediate: int, *, dtype: torch.dtype, device: torch.device
 ) -> ExpertWeights:
-    """Zero weights to be filled by `write_slot_`; packed slots take memory as they are written."""
+    """Zero weights to be filled by `write_slot_`; block-scaled where `dtype` is float8_e4m3fn.
+
+    Packed slots (large ones on a CPU) take memory as they are written; all others are fixed storage.
+    """
+    if dtype is FP8:
+        return ExpertWeights(
+            _zero_blocks(num_slots, 2 * intermediate, hidden, 2 * num_blocks(intermediate), device),
+            _zero_blocks(num_slots, hidden, intermediate, num_blocks(hidden), device),
+        )
     if not _packs((2 * intermediate, hidden), dtype, device):
         w13 = torch.zeros(num_slots, 2 * intermediate, hidden, dtype=dtype, device=device)
         return ExpertWeights(w13, torch.zeros(num_slots, hidden, intermediate, dtype=dtype, device=device))
@@ -78,18 +124,30 @@ def allocate_experts(
     return ExpertWeights(PackedSlots(empty(2 * intermediate, hidden)), PackedSlots(empty(hidden, intermediate)))
 
 
-def prepare_experts(w13: Tensor, w2: Tensor) -> ExpertWeights:
+def _zero_blocks(slots: int, n: int, k: int, scale_rows: int, device: torch.device) -> BlockScaled:
+    data = torch.zeros(slots, n, k, dtype=FP8, device=device)
+    return BlockScaled(data, torch.zeros(slots, scale_rows, num_blocks(k), device=device))
+
+
+def prepare_experts(w13: Tensor | BlockScaled, w2: Tensor | BlockScaled) -> ExpertWeights:
     """`w13 [E, 2I, H]` (gate rows first, then up) and `w2 [E, H, I]` -> what `expert_mlp_*` takes.
 
-    Large slots on a CPU are packed (a copy; release the plain weights afterwards), others are used as they are.
-    Raises KernelError where shapes or dtypes do not fit together.
+    Large plain slots on a CPU are packed (a copy; release the plain weights afterwards), others are used as they are.
+    Raises KernelError where forms, shapes or dtypes do not fit together.
     """
     slots, wide, hidden = w13.shape
-    if w2.shape != (slots, hidden, wide // 2) or wide % 2 or w13.dtype != w2.dtype:
+    kind13, kind2 = (_kind(w) for w in (w13, w2))
+    if w2.shape != (slots, hidden, wide // 2) or wide % 2 or kind13 != kind2:
         raise KernelError(
-            f"experts got w13 {tuple(w13.shape)} {w13.dtype} and w2 {tuple(w2.shape)} {w2.dtype}; "
-            f"for this w13, w2 must be {(slots, hidden, wide // 2)} {w13.dtype}"
+            f"experts got w13 {tuple(w13.shape)} {kind13} and w2 {tuple(w2.shape)} {kind2}; "
+            f"for this w13, w2 must be {(slots, hidden, wide // 2)} {kind13}"
         )
+    if isinstance(w13, BlockScaled) or isinstance(w2, BlockScaled):
+        return ExpertWeights(w13, w2)
     if not slots or not _packs((wide, hidden), w13.dtype, w13.device):
         return ExpertWeights(w13, w2)
     return ExpertWeights(PackedSlots([pack(w) for w in w13]), PackedSlots([pack(w) for w in w2]))
+
+
+def _kind(w: Tensor | BlockScaled) -> str:
+    return str(w.dtype) if isinstance(w, Tensor) else "BlockScaled"

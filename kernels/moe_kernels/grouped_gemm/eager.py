@@ -4,7 +4,7 @@ The ways to run one, chosen by measurement (docs/kernels_cpu.md):
 * `Single`: one slot, one product;
 * `Blocks`: rows cut into blocks of equal height, weights gathered per block, one batched product. For slots so small
   that a call costs more than copying the weight;
-* `Segments`: a product per slot that has rows. For large slots, packed or not;
+* `Segments`: a product per slot that has rows. For large slots, packed or not, and for block-scaled ones;
 * `Library`: torch's grouped_mm. For plain fp32 slots with many rows;
 * `Tiles`: blocks of 16 rows, a product each. The invariant mode.
 """
@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_kernels.grouped_gemm.layout import Blocks, SlotRows, cut
-from moe_kernels.grouped_gemm.weights import PackedSlots, SlotWeights
+from moe_kernels.grouped_gemm.weights import PackedSlots, SlotWeights, plain_slot
 from moe_kernels.linear.packed import Weight, cat_rows, onednn_linear
 from moe_kernels.linear.tiles import TILE, tile_product, tiled_linear
+from moe_kernels.scaled import BlockScaled
 
 GATHER_MAX_BYTES = 1 << 16
 """Largest slot (bytes of one weight) whose copy into a batched product is cheaper than a product per slot."""
@@ -76,7 +78,7 @@ def choose(w: SlotWeights, rows: SlotRows, *, batch_invariant: bool) -> Way | No
     if batch_invariant:
         blocks = cut(rows, TILE)
         return Tiles(blocks, blocks.slots.tolist())
-    if isinstance(w, PackedSlots):
+    if isinstance(w, PackedSlots | BlockScaled):
         return Segments(rows.segments())
     active = int(rows.counts.count_nonzero())
     mean = total / active
@@ -121,24 +123,29 @@ def bring_back(y: Tensor, way: Way) -> Tensor:
             return y
 
 
-def run(x: Tensor, w: SlotWeights, way: Way) -> Tensor:
-    """`x [.., K]` as `collect` made it -> `[.., N]`."""
+def run(x: Tensor, w: SlotWeights, way: Way, *, halves: bool = False) -> Tensor:
+    """`x [.., K]` as `collect` made it -> `[.., N]`. `halves`: see `plain_slot`."""
     match way:
         case Single(batch_invariant):
-            one = _slot(w, 0)
+            one = _slot(w, 0, x.dtype, halves)
             return tiled_linear(x, one) if batch_invariant else _product(x, one)
         case Segments(found):
-            return _run_segments(x, w, found)
+            return _run_segments(x, w, found, halves)
         case Library(ends):
-            assert isinstance(w, Tensor), "packed slots run as segments"
+            assert isinstance(w, Tensor), "packed and scaled slots run as segments"
             return F.grouped_mm(x, w.transpose(1, 2), offs=ends)
         case Blocks():
-            assert isinstance(w, Tensor), "packed slots run as segments"
+            assert isinstance(w, Tensor), "packed and scaled slots run as segments"
             chosen = w.index_select(0, way.slots)
             return torch.bmm(x.view(-1, way.height, x.shape[1]), chosen.transpose(1, 2)).flatten(0, 1)
         case Tiles(_, slots):
+            if isinstance(w, BlockScaled):
+                # A slot's tiles follow each other: it is dequantised once.
+                spans = torch.split(x, [TILE * len(list(run)) for _, run in groupby(slots)])
+                ones = (_slot(w, slot, x.dtype, halves) for slot, _ in groupby(slots))
+                return cat_rows(tiled_linear(span, one) for span, one in zip(spans, ones, strict=True))
             tiles = zip(torch.split(x, TILE), slots, strict=True)
-            return cat_rows(tile_product(tile, _slot(w, slot)) for tile, slot in tiles)
+            return cat_rows(tile_product(tile, _slot(w, slot, x.dtype, halves)) for tile, slot in tiles)
 
 
 def grouped(x: Tensor, w: SlotWeights, rows: SlotRows, *, batch_invariant: bool) -> Tensor:
@@ -149,15 +156,17 @@ def grouped(x: Tensor, w: SlotWeights, rows: SlotRows, *, batch_invariant: bool)
     return bring_back(run(collect(x, way), w, way), way)
 
 
-def _slot(w: SlotWeights, slot: int) -> Weight:
-    return w.parts[slot] if isinstance(w, PackedSlots) else w[slot]
+def _slot(w: SlotWeights, slot: int, dtype: torch.dtype, halves: bool) -> Weight:
+    if isinstance(w, PackedSlots):
+        return w.parts[slot]
+    return w[slot] if isinstance(w, Tensor) else plain_slot(w, slot, dtype, halves=halves)
 
 
 def _product(x: Tensor, w: Weight) -> Tensor:
     return torch.mm(x, w.t()) if isinstance(w, Tensor) else onednn_linear(x, w)
 
 
-def _run_segments(x: Tensor, w: SlotWeights, segments: list[tuple[int, int, int]]) -> Tensor:
+def _run_segments(x: Tensor, w: SlotWeights, segments: list[tuple[int, int, int]], halves: bool) -> Tensor:
     """Rows outside the segments are left as they are allocated."""
     rows, parts, done = x.shape[0], [], 0
     for slot, start, count in segments:
@@ -168,7 +177,7 @@ def _run_segments(x: Tensor, w: SlotWeights, segments: list[tuple[int, int, int]
         # [1024, 1024] bf16.
         unit = TILE if count > TILE else 4
         tall = min(-(-count // unit) * unit, rows - start)
-        y = _product(x[start : start + tall], _slot(w, slot))
+        y = _product(x[start : start + tall], _slot(w, slot, x.dtype, halves))
         parts.append(y[:count] if tall > count else y)
         done = start + count
     if rows > done:

@@ -55,6 +55,25 @@ def padded_rows(counts: Tensor, capacity: int) -> SlotRows:
 
 
 @dataclass(frozen=True, slots=True)
+class RowMarks:
+    """Where the slots' rows are, on the device: `marks [E] int32`.
+
+    End offsets of ragged rows, whose slots start at multiples of `alignment` (`capacity` None), or the counts of real
+    rows among `capacity` per slot.
+    """
+
+    marks: Tensor
+    capacity: int | None
+    alignment: int = 1
+
+    def located(self, rows: int) -> SlotRows:
+        """As starts and counts; `rows` in all."""
+        if self.capacity is None:
+            return ragged_rows(self.marks, rows, alignment=self.alignment)
+        return padded_rows(self.marks, self.capacity)
+
+
+@dataclass(frozen=True, slots=True)
 class Blocks:
     """Rows cut into blocks of `height` rows of one slot each; a slot with more rows takes several blocks.
 

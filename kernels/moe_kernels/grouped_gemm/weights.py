@@ -1,4 +1,4 @@
-"""Slot weights packed one by one for oneDNN. E slots, N output width, K input width."""
+"""Slot weights in the forms that a product takes. E slots, N output width, K input width."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from moe_kernels.linear.packed import PackedWeight, pack
+from moe_kernels.quant import dequantize
+from moe_kernels.scaled import BLOCK, BlockScaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +35,19 @@ class PackedSlots:
         self.parts[slot] = pack(w)
 
 
-SlotWeights = Tensor | PackedSlots
+SlotWeights = Tensor | PackedSlots | BlockScaled
 
 
 def num_bytes(w: SlotWeights) -> int:
     """Memory that the weights hold."""
-    return w.num_bytes if isinstance(w, PackedSlots) else w.nbytes
+    return w.nbytes if isinstance(w, Tensor) else w.num_bytes
+
+
+def plain_slot(w: BlockScaled, slot: int, dtype: torch.dtype, *, halves: bool) -> Tensor:
+    """One slot's weight `[N, K]` in `dtype`. `halves`: the upper and lower N/2 rows have blocks of their own (w13)."""
+    data, scale = w.data[slot], w.scale[slot]
+    if not halves:
+        return dequantize(BlockScaled(data, scale), block=(BLOCK, BLOCK), dtype=dtype, backend="torch")
+    pairs = zip(data.chunk(2), scale.chunk(2), strict=True)
+    parts = [dequantize(BlockScaled(*pair), block=(BLOCK, BLOCK), dtype=dtype, backend="torch") for pair in pairs]
+    return torch.cat(parts)

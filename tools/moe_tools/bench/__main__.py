@@ -16,8 +16,14 @@ def main() -> None:
             from moe_tools.bench.ranks import main as run_ranks
 
             run_ranks(rest)
+        case ["kernels", *rest]:
+            from moe_tools.bench.kernels import main as run_kernels
+
+            run_kernels(rest)
         case words:
-            raise SystemExit(f"python -m moe_tools.bench throughput|ranks …: {' '.join(words) or 'nothing'} given")
+            raise SystemExit(
+                f"python -m moe_tools.bench throughput|ranks|kernels …: {' '.join(words) or 'nothing'} given"
+            )
 
 
 if __name__ == "__main__":

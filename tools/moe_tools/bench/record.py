@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -18,12 +18,20 @@ def append_record(path: Path, **values: object) -> None:
         "device": _cpu(),
         "python": platform.python_version(),
         "torch": version("torch"),
-        "transformers": version("transformers"),
+        "transformers": _version("transformers"),
+        "triton": _version("triton"),
         **values,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as lines:
         lines.write(json.dumps(row) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str:
