@@ -16,10 +16,19 @@ OLDEST_CAPABILITY: Final = (9, 0)
 """Hopper: what the kernels' configurations are made and compiled for."""
 
 
+def default_backend(device: torch.device) -> str:
+    """`triton` on a CUDA device, else `torch`: the one place that says so.
+
+    Whatever takes another way on a GPU asks here, as `backends.default_backend`, so that a test can replace it and run
+    everything through Triton's interpreter on CPU tensors.
+    """
+    return "triton" if device.type == "cuda" else "torch"
+
+
 def choose_backend(x: Tensor, wanted: str | None, *, op: str, offered: tuple[str, ...] = ("torch", "triton")) -> str:
     """`wanted`, or the default for `x`'s device. Raises KernelError where that backend is not there or cannot run."""
     if wanted is None:
-        wanted = "triton" if x.is_cuda else "torch"
+        wanted = default_backend(x.device)
     if wanted not in offered:
         raise KernelError(f"{op}: backend={wanted!r} is not there; choose one of {', '.join(offered)}")
     if wanted == "triton":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,3 +37,11 @@ class BlockScaled:
 def num_blocks(size: int) -> int:
     """Blocks along a dim of `size` values."""
     return -(-size // BLOCK)
+
+
+def stack_rows(parts: Sequence[BlockScaled]) -> BlockScaled:
+    """Weights `[Ni, K]` as one `[sum Ni, K]`; all but the last must end on the border of a block."""
+    assert all(part.shape[0] % BLOCK == 0 for part in parts[:-1]), f"rows of {[p.shape[0] for p in parts]} share blocks"
+    if len(parts) == 1:
+        return parts[0]
+    return BlockScaled(torch.cat([part.data for part in parts]), torch.cat([part.scale for part in parts]))

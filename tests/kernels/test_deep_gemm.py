@@ -12,6 +12,7 @@ import torch
 from moe_kernels.errors import KernelError
 from moe_kernels.experts import ExpertWeights, expert_mlp_padded, expert_mlp_ragged
 from moe_kernels.grouped_gemm import deep_gemm, grouped_gemm_padded, grouped_gemm_ragged
+from moe_kernels.linear import linear
 from moe_kernels.quant import dequantize, quantize_blocks, quantize_rows
 from moe_kernels.scaled import BlockScaled
 from torch import Tensor
@@ -100,6 +101,15 @@ def test_ragged(library: ModuleType) -> None:
     plain = torch.zeros(SLOTS, N, K)
     with pytest.raises(KernelError, match="serves block-scaled"):
         grouped_gemm_ragged(torch.zeros(384, K), plain, psum, alignment=128, backend="deep_gemm")
+
+
+def test_linear(library: ModuleType) -> None:
+    """One slot; its end is the number of rows, exactly."""
+    w, x = quantize_blocks(torch.randn(N, K).div(K**0.5)), torch.randn(37, K).to(torch.bfloat16)
+    close(linear(x, w, backend="deep_gemm"), linear(x, w, backend="torch"))
+    assert linear(x[:0], w, backend="deep_gemm").shape == (0, N)
+    with pytest.raises(KernelError, match="no batch-invariant mode"):
+        linear(x, w, backend="deep_gemm", batch_invariant=True)
 
 
 def test_padded(library: ModuleType) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tests.kernels.conftest import first_difference
 from tests.kernels.devices import DEVICE, DTYPES, ON_GPU
+from tests.kernels.tiles import pin_tiles
 
 # fp32: rounding of short sums. Others: hidden row and result are each rounded once (2^-11, 2^-8).
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -70,18 +71,19 @@ def close(got: Tensor, want: Tensor, bound: float) -> None:
 
 @pytest.mark.parametrize(("dtype", "height"), CASES)
 @pytest.mark.parametrize(("hidden", "width"), [(72, 136), (128, 32)])
-def test_ragged(hidden: int, width: int, dtype: torch.dtype, height: int) -> None:
+def test_ragged(hidden: int, width: int, dtype: torch.dtype, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pin_tiles(monkeypatch, height)
     w13, w2 = weights(4, hidden, width, dtype)
     psum, real = marks(COUNTS, 8)
     x = torch.randn(len(real), hidden, device=DEVICE).to(dtype)
     x[~real] = torch.nan
     held = ExpertWeights(w13, w2)
-    got = expert_mlp_ragged(x, held, psum=psum, alignment=8, expected_rows=height, backend="triton")
+    got = expert_mlp_ragged(x, held, psum=psum, alignment=8, backend="triton")
     want = expert_mlp_ragged_reference(x.cpu(), w13.cpu(), w2.cpu(), psum.cpu(), alignment=8)
     close(got[real], want[real], TOLERANCE[dtype])
     # Mutants: gate and up swapped, one slot's down projection taken for another's.
     for wrong in (ExpertWeights(w13.roll(width, 1), w2), ExpertWeights(w13, w2.roll(1, 0))):
-        bad = expert_mlp_ragged(x, wrong, psum=psum, alignment=8, expected_rows=height, backend="triton")
+        bad = expert_mlp_ragged(x, wrong, psum=psum, alignment=8, backend="triton")
         with pytest.raises(AssertionError):
             close(bad[real], want[real], TOLERANCE[dtype])
 
@@ -105,8 +107,10 @@ def test_padded(counts: list[int], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("height", HEIGHTS)
 @pytest.mark.parametrize(("hidden", "width", "ue8m0"), [(144, 272, False), (144, 272, True), (128, 32, False)])
-def test_fp8(hidden: int, width: int, ue8m0: bool, height: int) -> None:
+def test_fp8(hidden: int, width: int, ue8m0: bool, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each launch by itself: the hidden row within a step of e4m3, the result from the hidden row that it was given."""
+    pin_tiles(monkeypatch, height)
+    monkeypatch.setattr(kernels, "separate_swiglu", lambda **_: False)
     held, w13, w2 = scaled_weights(4, hidden, width)
     psum, real = marks(COUNTS, 8)
     x = quantize_rows(torch.randn(len(real), hidden, device=DEVICE), backend="torch")
@@ -130,9 +134,9 @@ def test_fp8(hidden: int, width: int, ue8m0: bool, height: int) -> None:
     assert ((hidden_row - want).abs() > bound).double().mean() <= MISCARRIED
 
     assert isinstance(held.w2, BlockScaled)
-    result = expert_mlp_ragged(
-        x, held, psum=psum, alignment=8, expected_rows=height, ue8m0=ue8m0, out_dtype=torch.float32, backend="triton"
-    )[real]
+    result = expert_mlp_ragged(x, held, psum=psum, alignment=8, ue8m0=ue8m0, out_dtype=torch.float32, backend="triton")[
+        real
+    ]
     full = torch.zeros(len(real), width, dtype=torch.float64)
     full[real] = hidden_row
     close(result, ragged_reference(full, w2.cpu(), psum.cpu(), alignment=8)[real], 2e-3 if ON_GPU else 1e-5)
@@ -141,6 +145,51 @@ def test_fp8(hidden: int, width: int, ue8m0: bool, height: int) -> None:
     assert isinstance(bad, BlockScaled)
     with pytest.raises(AssertionError):  # a mutant: the up half's scales taken for the gate's
         torch.testing.assert_close(bad.scale[real].cpu().double(), scale, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+def test_swiglu_apart_makes_the_hidden_row_of_the_fused_launch(ue8m0: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, _, _ = scaled_weights(2, 144, 256)
+    psum, real = marks([5, 20], 8)
+    x = quantize_rows(torch.randn(len(real), 144, device=DEVICE), backend="torch")
+    rows = RowMarks(psum, None, 8)
+    assert isinstance(held.w13, BlockScaled)
+    found = []
+    for apart in (False, True):
+        monkeypatch.setattr(kernels, "separate_swiglu", lambda apart=apart, **_: apart)
+        got = kernels.gate_up(x, held.w13, rows, rows_per_slot=16, ue8m0=ue8m0, batch_invariant=False)
+        assert isinstance(got, BlockScaled) and got.scale.stride(0) == 1
+        found.append(got)
+    fused, apart_ = found
+    # fp32 steps in another order: a scale may differ in its last bits, a value by a step of e4m3.
+    torch.testing.assert_close(apart_.scale[real], fused.scale[real], rtol=1e-6, atol=0)
+    values = [dequantize(BlockScaled(f.data[real], f.scale[real]), backend="torch") for f in found]
+    away = (values[0] - values[1]).abs() > values[0].abs() * 1e-5
+    assert away.double().mean() < max(MISCARRIED, 0.01)
+    # A mutant: one slot's up half taken for another's.
+    wrong = BlockScaled(held.w13.data.roll(1, 0), held.w13.scale)
+    bad = kernels.gate_up(x, wrong, rows, rows_per_slot=16, ue8m0=ue8m0, batch_invariant=False)
+    assert isinstance(bad, BlockScaled)
+    assert not torch.equal(bad.data.view(torch.uint8)[real], apart_.data.view(torch.uint8)[real])
+
+
+def test_few_rows_of_one_wide_slot_take_three_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice reaches the kernels: from static shapes, and never in the invariant mode."""
+    asked = []
+
+    def apart(**shape: int) -> bool:
+        asked.append(shape)
+        return False
+
+    monkeypatch.setattr(kernels, "separate_swiglu", apart)
+    held, _, _ = scaled_weights(1, 128, 128)
+    x = quantize_rows(torch.randn(3, 128, device=DEVICE), backend="torch")
+    counts = torch.tensor([3], dtype=torch.int32, device=DEVICE)
+    padded = BlockScaled(x.data.view(1, 3, 128), x.scale.view(1, 3, 1))
+    expert_mlp_padded(padded, held, counts=counts, backend="triton", batch_invariant=True)
+    assert not asked
+    expert_mlp_padded(padded, held, counts=counts, expected_rows=2, backend="triton")
+    assert asked == [{"rows_per_slot": 2, "total_rows": 3, "slots": 1, "width": 128, "k": 128}]
 
 
 def test_plain_rows_are_quantised_for_scaled_weights() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_kernels.errors import KernelError
 from moe_kernels.grouped_gemm import PackedSlots, grouped_gemm_padded, grouped_gemm_ragged
-from moe_kernels.grouped_gemm.configs import SMS, Config, configure, shipped
+from moe_kernels.grouped_gemm.configs import SMS, Config, columns, configure, separate_swiglu, shipped
 from moe_kernels.grouped_gemm.reference import padded_reference, ragged_reference, slot_of_rows
 from moe_kernels.linear.packed import pack
 from moe_kernels.quant import dequantize, quantize_blocks, quantize_rows
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from tests.kernels.conftest import first_difference
 from tests.kernels.devices import DEVICE, DTYPES, ON_GPU
+from tests.kernels.tiles import pin_tiles
 
 # fp32: sums of K products of variance 1/K. Others: one rounding of the result (2^-11, 2^-8), of magnitude up to 5.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # fp8 products are exact and summed in fp32 (128 at a time at less on tensor cores: about 2^-13 of the largest).
 FP8_TOLERANCE = 2e-3 if ON_GPU else 1e-5
 HEIGHTS = (16, 32, 64, 128)
-"""Mean rows per slot that select each height of tiles."""
+"""Of tiles; as mean rows per slot they select it where products are large."""
 CASES = [(dtype, height) for dtype in DTYPES for height in HEIGHTS if dtype is not torch.float32 or height == 16]
 """fp32 has one configuration for all heights."""
 COUNTS = ([3, 0, 5, 1], [0, 0, 0, 40], [33, 17, 0, 130], [0, 0, 0, 0])
@@ -67,12 +68,15 @@ def close(got: Tensor, want: Tensor, bound: float) -> None:
 
 @pytest.mark.parametrize(("dtype", "height"), CASES)
 @pytest.mark.parametrize(("counts", "alignment"), [*((c, 1) for c in COUNTS), (COUNTS[2], 8)])
-def test_ragged(counts: list[int], alignment: int, height: int, dtype: torch.dtype) -> None:
+def test_ragged(
+    counts: list[int], alignment: int, height: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pin_tiles(monkeypatch, height)
     psum, rows = marks(counts, alignment)
     x, w = operands(rows + 3, 4, N, K, dtype)
     real = owned(psum, rows + 3, alignment)
     x[~real] = torch.nan
-    got = grouped_gemm_ragged(x, w, psum, alignment=alignment, expected_rows=height, backend="triton")
+    got = grouped_gemm_ragged(x, w, psum, alignment=alignment, backend="triton")
     want = ragged_reference(x.cpu(), w.cpu(), psum.cpu(), alignment=alignment)
     close(got[real], want[real], TOLERANCE[dtype])
     if counts is COUNTS[0]:
@@ -85,24 +89,29 @@ def test_ragged(counts: list[int], alignment: int, height: int, dtype: torch.dty
 
 @pytest.mark.parametrize(("dtype", "height"), CASES)
 @pytest.mark.parametrize("counts", COUNTS[1:3])
-def test_padded(counts: list[int], height: int, dtype: torch.dtype) -> None:
+def test_padded(counts: list[int], height: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    pin_tiles(monkeypatch, height)
     capacity = max(counts) + 5
     x, w = operands(4 * capacity, 4, N, K, dtype)
     x = x.view(4, capacity, K)
     real = torch.arange(capacity) < torch.tensor(counts).unsqueeze(1)
     x[~real] = torch.nan
     counted = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
-    got = grouped_gemm_padded(x, w, counted, expected_rows=height, backend="triton")
+    got = grouped_gemm_padded(x, w, counted, backend="triton")
     want = padded_reference(x.cpu(), w.cpu(), counted.cpu())
     close(got[real], want[real], TOLERANCE[dtype])
     factors = torch.rand(4, capacity, device=DEVICE)
-    got = grouped_gemm_padded(x, w, counted, row_weights=factors, expected_rows=height, backend="triton")
+    got = grouped_gemm_padded(x, w, counted, row_weights=factors, backend="triton")
     close(got[real], (want * factors.cpu().unsqueeze(2))[real], TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("height", HEIGHTS)
+@pytest.mark.parametrize(
+    ("height", "number"), [(16, 0), (16, 1), (32, 0), (32, 1), (64, 0), (64, 1), (64, 2), (128, 0), (128, 1)]
+)
 @pytest.mark.parametrize("shape", [(4, 300, 272), (4, 384, 144)])
-def test_fp8(shape: tuple[int, int, int], height: int) -> None:
+def test_fp8(shape: tuple[int, int, int], height: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tile of the table, narrow ones too."""
+    pin_tiles(monkeypatch, height, number=number)
     slots, n, k = shape
     counts = [33, 0, 1, 70]
     psum, rows = marks(counts, 8)
@@ -113,9 +122,7 @@ def test_fp8(shape: tuple[int, int, int], height: int) -> None:
     want = ragged_reference(dense.cpu(), blocks.cpu(), psum.cpu(), alignment=8)[real]
 
     def ours(x: BlockScaled, w: BlockScaled) -> Tensor:
-        return grouped_gemm_ragged(
-            x, w, psum, alignment=8, expected_rows=height, out_dtype=torch.float32, backend="triton"
-        )[real]
+        return grouped_gemm_ragged(x, w, psum, alignment=8, out_dtype=torch.float32, backend="triton")[real]
 
     got = ours(x, w)
     close(got, want, FP8_TOLERANCE)
@@ -143,6 +150,15 @@ def test_fp8_padded_with_scales_of_any_strides() -> None:
         close(got[real], want[real], FP8_TOLERANCE)
         by_torch = grouped_gemm_padded(BlockScaled(data, held), w, counts, out_dtype=torch.float32, backend="torch")
         close(by_torch[real], want[real], 1e-5)
+
+
+@pytest.mark.parametrize(("height", "number"), [(16, 1), (64, 2), (128, 1)])
+def test_narrow_tiles(height: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pin_tiles(monkeypatch, height, number=number)
+    psum, rows = marks([33, 0, 1], 1)
+    x, w = operands(rows, 3, N, K, torch.float16)
+    got = grouped_gemm_ragged(x, w, psum, backend="triton")
+    close(got, ragged_reference(x.cpu(), w.cpu(), psum.cpu()), TOLERANCE[torch.float16])
 
 
 @settings(deadline=None, max_examples=15, derandomize=True)
@@ -270,18 +286,36 @@ def test_configurations_fit_and_keep_enough_in_flight() -> None:
 
 
 def test_choice_of_tiles() -> None:
-    def height(rows: int, slots: int, n: int, *, swiglu: bool, invariant: bool = False) -> int:
-        dtype = torch.float8_e4m3fn
-        return configure(
-            rows_per_slot=rows, slots=slots, n=n, dtype=dtype, swiglu=swiglu, batch_invariant=invariant
-        ).block_m  # fmt: skip
+    def tile(rows: int, slots: int, n: int, k: int, *, swiglu: bool, invariant: bool = False) -> tuple[int, int]:
+        entry = configure(
+            rows_per_slot=rows, slots=slots, n=n, k=k, dtype=torch.float8_e4m3fn, swiglu=swiglu,
+            batch_invariant=invariant,
+        )  # fmt: skip
+        return entry.config.block_m, columns(entry.config, swiglu=swiglu)
 
-    assert [height(rows, 32, 2048, swiglu=True) for rows in (0, 1, 16, 17, 32, 33, 64, 65, 4096)] == [
+    assert [tile(rows, 32, 2048, 7168, swiglu=True)[0] for rows in (0, 1, 16, 17, 32, 33, 64, 65, 4096)] == [
         16, 16, 16, 32, 32, 64, 64, 128, 128,
     ]  # fmt: skip
-    assert height(128, 8, 2048, swiglu=True) == 128  # 128 tiles for 132 SMs
-    assert height(256, 1, 2048, swiglu=True) == 64  # 32 tiles would leave most of them idle
+    assert tile(128, 8, 2048, 7168, swiglu=True) == (128, 128)  # 128 tiles for 132 SMs
+    assert tile(256, 1, 2048, 7168, swiglu=True) == (64, 128)  # 32 tiles would leave most of them idle
+    # One slot of 16 rows: 64 narrow tiles pull 29 MB of gate and up in 7 us, 32 wide ones in 9; many slots need none.
+    assert tile(16, 1, 4096, 7168, swiglu=False) == (16, 64)
+    assert tile(16, 8, 4096, 7168, swiglu=False) == (16, 128)
+    assert tile(64, 1, 2112, 7168, swiglu=False) == (64, 64)  # q_a and kv_a together: 9 tiles of 256
+    assert tile(4096, 1, 2112, 7168, swiglu=False) == (128, 256)
     assert SMS == 132
-    assert {height(r, e, n, swiglu=True, invariant=True) for r in (1, 999) for e in (1, 256) for n in (64, 4096)} == {
-        64
-    }
+    shapes = [(r, e, n) for r in (1, 999) for e in (1, 256) for n in (64, 4096)]
+    assert {tile(r, e, n, 128, swiglu=True, invariant=True) for r, e, n in shapes} == {(64, 128)}
+
+
+def test_where_swiglu_is_apart() -> None:
+    def apart(slots: int, rows: int, *, width: int = 2048, total: int | None = None) -> bool:
+        return separate_swiglu(
+            rows_per_slot=rows, total_rows=slots * rows if total is None else total, slots=slots, width=width, k=7168
+        )
+
+    assert [(e, r) for e in (1, 2, 4, 32) for r in (1, 16, 32, 64, 256) if apart(e, r)] == [
+        (e, r) for e in (1, 2) for r in (1, 16, 32, 64)
+    ]
+    assert not apart(1, 16, total=20_000)  # a buffer for the worst case: SwiGLU would walk over all of it
+    assert not apart(1, 16, width=2000)  # gate and up would share a block of scales

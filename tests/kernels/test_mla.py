@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from moe_kernels import backends
 from moe_kernels.errors import KernelError
 from moe_kernels.mla import absorbed, expanded, mla_absorbed, mla_expanded_batched, plan_absorbed
 from moe_kernels.mla.plan import AbsorbedPlan
 from moe_kernels.mla.reference import mla_absorbed_reference, mla_expanded_reference
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -160,7 +162,12 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "start"), [(1, 0), (7, 0), (1, 6), (5, 9)])
 @pytest.mark.parametrize("value_width", [5, 10, 12])
-def test_expanded(value_width: int, n: int, start: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_expanded(
+    monkeypatch: pytest.MonkeyPatch, backend: str, value_width: int, n: int, start: int, dtype: torch.dtype
+) -> None:
+    """`triton` is the way that a GPU goes, through torch's fused attention and its own causal bias."""
+    monkeypatch.setattr(backends, "default_backend", lambda device: backend)
     heads, nope, rope, latent = 3, 6, 4, 16
     batch = 2
     q = torch.randn(batch, n, heads, nope + rope).to(dtype)
@@ -228,3 +235,18 @@ def test_errors() -> None:
             torch.ones(1, dtype=torch.int64),
             scale=1.0,
         )
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_lengths_known_on_the_host_make_the_same_plan(batch_invariant: bool) -> None:
+    """Nothing is asked of the tensor then, whose contents may be on a device."""
+    lens, table = torch.tensor([700, 3, 1500]), torch.arange(3 * 100).view(3, 100)
+    options: dict[str, Any] = {"page_size": 16, "batch_invariant": batch_invariant}
+    lengths = (700, 3, 1500)
+    told = plan_absorbed(table, lens, lengths=lengths, **options)
+    q, rope, cache = torch.randn(3, 2, 16), torch.randn(3, 2, 4), torch.randn(300, 16, 20)
+    use: dict[str, Any] = {"scale": SCALE, "batch_invariant": batch_invariant}
+    want = mla_absorbed(q, rope, cache, table, lens, plan=plan_absorbed(table, lens, **options), **use)
+    assert torch.equal(mla_absorbed(q, rope, cache, table, lens, plan=told, **use), want)
+    with FakeTensorMode() as fake:
+        plan_absorbed(fake.from_tensor(table), fake.from_tensor(lens), lengths=lengths, **options)

@@ -115,3 +115,20 @@ def test_errors() -> None:
         permute(torch.zeros(3, 2), torch.zeros(2, 1, dtype=torch.int64), 1)
     with pytest.raises(KernelError, match=r"\(1, 3\)"):
         unpermute(torch.zeros(3, 2), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 3))
+
+
+def test_ids_of_other_slots_go_nowhere() -> None:
+    """As a rank sees the slots of all others, counted from its own."""
+    x, slots = torch.randn(3, 4), torch.tensor([[-5, 0], [2, 7], [1, -1]])
+    rows = permute(x, slots, 2)
+    assert rows.row_of.tolist() == [[-1, 0], [-1, -1], [1, -1]]
+    assert rows.psum.tolist() == [1, 2]
+    assert torch.equal(rows.data, x[[0, 2]])
+
+
+def test_unpermute_rounds_once_to_the_dtype_that_is_asked_for() -> None:
+    y, rows, weights = torch.randn(4, 3).bfloat16(), torch.tensor([[0, 3], [-1, 2]]), torch.rand(2, 2)
+    wide = unpermute(y, rows, weights, out_dtype=torch.float32)
+    torch.testing.assert_close(wide, unpermute(y.float(), rows, weights))
+    assert torch.equal(wide.bfloat16(), unpermute(y, rows, weights))
+    assert unpermute(y[:0], rows[:0], weights[:0], out_dtype=torch.float32).dtype is torch.float32

@@ -139,7 +139,10 @@ def test_unpermute_bits_are_those_of_the_torch_form() -> None:
             rows = torch.randint(-1, 50, (6, k), device=DEVICE)
             weights = torch.rand(6, k, device=DEVICE)
             got = unpermute(y, rows, weights, backend="triton")
-            assert torch.equal(got, _sum_in_order(y, rows, weights, rows < 0))
+            exact = _sum_in_order(y, rows, weights, rows < 0)
+            assert torch.equal(got, exact.to(dtype))
+            wide = unpermute(y, rows, weights, out_dtype=torch.float32, backend="triton")
+            assert torch.equal(wide, exact), "not rounded in between"
             rows[0, 0] = -1 if rows[0, 0] >= 0 else 3
             with pytest.raises(AssertionError):  # a mutant: a dropped row
                 assert torch.equal(got, unpermute(y, rows, weights, backend="triton"))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Final
 
 import torch
 from torch import Tensor
+
+_MOST_ROWS: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,15 @@ def padded_rows(counts: Tensor, capacity: int) -> SlotRows:
     return SlotRows(torch.arange(slots, device=counts.device) * capacity, counts.long(), spans, slots * capacity)
 
 
+@cache
+def every_row(device: torch.device) -> Tensor:
+    """`[1] int32`: the row mark of an only slot that owns whatever rows there are, on `torch` and `triton`.
+
+    The same tensor at every call, so that a product costs no launch to say how many rows it has; never write to it.
+    """
+    return torch.full((1,), _MOST_ROWS, dtype=torch.int32, device=device)
+
+
 @dataclass(frozen=True, slots=True)
 class RowMarks:
     """Where the slots' rows are, on the device: `marks [E] int32`.
@@ -65,6 +78,10 @@ class RowMarks:
     marks: Tensor
     capacity: int | None
     alignment: int = 1
+
+    def mean(self, rows: int) -> int:
+        """Rows per slot to choose tiles for: the mean of `rows` ragged ones, or the capacity."""
+        return -(-rows // self.marks.shape[0]) if self.capacity is None else self.capacity
 
     def located(self, rows: int) -> SlotRows:
         """As starts and counts; `rows` in all."""

@@ -79,7 +79,7 @@ def result_dtype(x: Activations, wanted: torch.dtype | None) -> torch.dtype:
 
 def plain_rows(x: BlockScaled, dtype: torch.dtype) -> Tensor:
     """`[R, K]` dequantised to `dtype`."""
-    scale = x.scale.reshape(x.data.shape[0], -1)
+    scale = x.scale.reshape(x.data.shape[0], num_blocks(x.data.shape[1]))
     return dequantize(BlockScaled(x.data, scale), dtype=dtype, backend="torch")
 
 

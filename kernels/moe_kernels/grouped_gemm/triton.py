@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Final
 
 import torch
@@ -64,15 +64,15 @@ def grouped_gemm(
     out = torch.empty(total, n, dtype=torch.float8_e4m3fn if quantize else out_dtype, device=data.device)
     out_scale = torch.empty(-(-n // GROUP), -(-total // 4) * 4, device=data.device)[:, :total].t() if quantize else None
     if total and slots:
-        mean = -(-total // slots) if rows.capacity is None else rows.capacity
         config = configure(
-            rows_per_slot=mean if rows_per_slot is None else rows_per_slot,
+            rows_per_slot=rows.mean(total) if rows_per_slot is None else rows_per_slot,
             slots=slots,
             n=n,
+            k=weight.shape[2],
             dtype=data.dtype,
             swiglu=swiglu,
             batch_invariant=batch_invariant,
-        )
+        ).config
         _check_operand("x", data)
         _check_operand("w", weight)
         require(
@@ -214,23 +214,26 @@ def aot_case(
     swiglu: bool = False,
     weighted: bool = False,
     ue8m0: bool = False,
+    out_dtype: torch.dtype | None = None,
     quick: bool = False,
 ) -> AotCase:
-    """One configuration at one shape; `n`: columns of the output."""
+    """One configuration at one shape; `n`: columns of the output; `out_dtype`: x's, or bf16 where x is fp8."""
     scaled = dtype is torch.float8_e4m3fn
     quantize = scaled and swiglu
-    kind = TYPES[dtype]
+    kind, result = TYPES[dtype], TYPES[out_dtype or (torch.bfloat16 if scaled else dtype)]
     unused = "*i32"
     layout = "padded" if padded else "ragged"
     extras = "".join(f" {name}" for name, on in (("weighted", weighted), ("ue8m0", ue8m0)) if on)
+    tile = f"M{config.block_m}x{columns(config, swiglu=swiglu)}"
+    extras += "" if out_dtype is None else f" to {result}"
     return AotCase(
         op=op,
-        name=f"{kind} {layout} M{config.block_m} E{slots} N{n} K{k}{extras}",
+        name=f"{kind} {layout} {tile} E{slots} N{n} K{k}{extras}",
         kernel=grouped_gemm_kernel,
         signature={
             "x_desc": f"tensordesc<{kind}[{config.block_m},{config.block_k}]>",
             "w_desc": f"tensordesc<{kind}[{config.block_n},{config.block_k}]>",
-            "out_ptr": "*" + ("fp8e4nv" if quantize else "bf16" if scaled else kind),
+            "out_ptr": "*" + ("fp8e4nv" if quantize else result),
             "x_scale_ptr": "*fp32" if scaled else unused,
             "w_scale_ptr": "*fp32" if scaled else unused,
             "out_scale_ptr": "*fp32" if quantize else unused,
@@ -260,25 +263,27 @@ def aot_case(
 
 
 def aot_cases(op: str = "grouped_gemm", *, swiglu: bool = False) -> Iterator[AotCase]:
-    """DeepSeek-V3's products at every row height (w2, or with `swiglu` w13), the demo model's, weighted rows."""
+    """DeepSeek-V3's products at every tile (w2, or with `swiglu` w13), the demo model's, weighted rows; for narrow
+    tiles one or two slots."""
     v3, demo = ((2048, 7168), (32, 128)) if swiglu else ((7168, 2048), (128, 32))
     kinds = {1: torch.float8_e4m3fn, 2: torch.bfloat16}
+    widest: set[tuple[int, int]] = set()
     for size, fused, entry in shipped():
         config = entry.config
         if fused is not swiglu or size not in kinds:
             continue
-        quick = (size, config.block_m) in ((1, 16), (1, 128), (2, 128))
-        for slots, padded in ((8, True), (256, False)):
-            yield aot_case(
-                config, op=op, dtype=kinds[size], slots=slots, n=v3[0], k=v3[1], padded=padded, swiglu=swiglu,
-                quick=quick and padded,
-            )  # fmt: skip
-        yield aot_case(config, op=op, dtype=kinds[size], slots=2, n=demo[0], k=demo[1], padded=False, swiglu=swiglu)
-        if size == 2:
+        case = partial(aot_case, config, op=op, dtype=kinds[size], swiglu=swiglu)
+        if (size, config.block_m) in widest:
+            yield case(slots=1, n=v3[0], k=v3[1], padded=True)
+            yield case(slots=2, n=v3[0], k=v3[1], padded=False)
+            if size == 1:  # the first product where SwiGLU is apart, and a linear layer's
+                yield case(slots=1, n=4096, k=7168, padded=False, out_dtype=torch.float32)
+                yield case(slots=1, n=2112, k=7168, padded=False)
             continue
-        if swiglu:
-            yield aot_case(
-                config, op=op, dtype=kinds[size], slots=32, n=v3[0], k=v3[1], padded=True, swiglu=True, ue8m0=True
-            )
-        else:
-            yield aot_case(config, op=op, dtype=kinds[size], slots=32, n=v3[0], k=v3[1], padded=True, weighted=True)
+        widest.add((size, config.block_m))
+        quick = (size, config.block_m) in ((1, 16), (1, 128), (2, 128))
+        yield case(slots=8, n=v3[0], k=v3[1], padded=True, quick=quick)
+        yield case(slots=256, n=v3[0], k=v3[1], padded=False)
+        yield case(slots=2, n=demo[0], k=demo[1], padded=False)
+        if size == 1:
+            yield case(slots=32, n=v3[0], k=v3[1], padded=True, ue8m0=swiglu, weighted=not swiglu)

@@ -43,13 +43,14 @@ def plan_absorbed(
 
     `lengths`: the same as `kv_lens`, where the host knows them. `num_heads`: local heads of the calls to come; it only
     decides how sequences are cut. `triton` never reads from the device, and its plan's shapes depend on T, max_pages
-    and `num_heads` alone unless `lengths` are given: leave them out where a CUDA graph is captured. `torch` waits for
-    `kv_lens` where they are on a device. `backend`: see `choose_backend`; `flash_mla` is never chosen unasked.
+    and `num_heads` alone unless `lengths` are given: leave them out where a CUDA graph is captured. Without `lengths`
+    `torch` waits for `kv_lens` where they are on a device. `backend`: see `choose_backend`; `flash_mla` is never chosen
+    unasked.
     Raises KernelError on shapes, on a page size that the backend cannot read and on a backend that is not there.
     """
     chosen = choose_backend(page_table, backend, op="plan_absorbed", offered=BACKENDS)
     if chosen == "torch":
-        return plan_gather(page_table, kv_lens, page_size=page_size, batch_invariant=batch_invariant)
+        return plan_gather(page_table, kv_lens, page_size=page_size, batch_invariant=batch_invariant, lengths=lengths)
     if chosen == "flash_mla":
         from moe_kernels.mla.flash_mla import plan_flash
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_kernels import backends
+
 _MAX_ELEMENTS = 1 << 26
 """Most numbers of keys and values, and of a mask, held at once: 256 MiB in fp32. One head's are never split."""
 
@@ -20,7 +22,8 @@ def mla_expanded_batched(
     -> `[B, n, h, Dv]`.
 
     Query i of a sequence, at absolute position `start + i`, attends to its rows 0..start+i; L >= start + n. Sequences,
-    then heads, take turns where the keys and values of all would take too much memory.
+    then heads, take turns where the keys and values of all would take too much memory. On a GPU torch's fused attention
+    runs (flash or cuDNN for 16-bit dtypes), which makes no mask; on a CPU a mask is made for a part of the queries.
     """
     batch, n, heads, width = q.shape
     per_head = (start + n) * (width + max(width, w_v.shape[1]))
@@ -45,17 +48,27 @@ def _attend(
     key[..., :nope] = F.linear(latent, w_k.flatten(0, 1)).view(batch, length, heads, nope)
     key[..., nope:] = k_rope[:, :length, None]
     value = F.linear(latent, w_v.flatten(0, 1)).view(batch, length, heads, w_v.shape[1])
-    # CPU's flash kernel wants values as wide as keys.
-    narrow = value.shape[-1] < width and q.device.type == "cpu"
+    # Flash kernels want values as wide as keys: those of CPUs, and those of GPUs, which take 16-bit dtypes.
+    narrow = value.shape[-1] < width and (q.device.type == "cpu" or q.dtype is not torch.float32)
     if narrow:
         value = F.pad(value, (0, width - value.shape[-1]))
     q, key, value = q.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if start:
+    if not start:
+        out = F.scaled_dot_product_attention(q, key, value, is_causal=True, scale=scale)
+    elif backends.default_backend(q.device) == "torch":
         out = _masked(q, key, value, scale=scale, start=start)
     else:
-        out = F.scaled_dot_product_attention(q, key, value, is_causal=True, scale=scale)
+        out = _lower_right(q, key, value, scale=scale)
     out = out.transpose(1, 2)
     return out[..., : w_v.shape[1]] if narrow else out
+
+
+def _lower_right(q: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """The same as `_masked` where a fused kernel knows that the last query sees the last key."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    bias = causal_lower_right(q.shape[2], key.shape[2])
+    return F.scaled_dot_product_attention(q, key, value, attn_mask=bias, scale=scale)
 
 
 def _masked(q: Tensor, key: Tensor, value: Tensor, *, scale: float, start: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,13 +87,19 @@ class AbsorbedPlan:
 
 
 def plan_absorbed(
-    page_table: Tensor, kv_lens: Tensor, *, page_size: int, batch_invariant: bool = False
+    page_table: Tensor,
+    kv_lens: Tensor,
+    *,
+    page_size: int,
+    batch_invariant: bool = False,
+    lengths: Sequence[int] | None = None,
 ) -> AbsorbedPlan:
     """`page_table [T, max_pages]`, `kv_lens [T]` -> the rows that `mla_absorbed` reads; build it once per step.
 
-    `batch_invariant` is that of the call. Waits for the lengths where they are on a device.
+    `batch_invariant` is that of the call. `lengths`: the same as `kv_lens`, else it waits for these where they are on a
+    device.
     """
-    lengths: list[int] = kv_lens.tolist()
+    lengths = kv_lens.tolist() if lengths is None else list(lengths)
     empty = kv_lens.eq(0).view(-1, 1, 1) if 0 in lengths else None
     if batch_invariant:
         return AbsorbedPlan(_blocked_parts(page_table, kv_lens, lengths, page_size), None, None, empty, True)

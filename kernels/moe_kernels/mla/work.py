@@ -86,7 +86,7 @@ class WorkChunk:
 
 @dataclass(frozen=True, slots=True)
 class WorkPlan:
-    """What `plan_absorbed` makes for the Triton backend. `page_table [T, max_pages]`, columns adjacent in memory."""
+    """What `plan_absorbed` makes for the Triton backend. `page_table [T, max_pages] int32`, columns adjacent."""
 
     chunks: tuple[WorkChunk, ...]
     page_table: Tensor
@@ -124,6 +124,8 @@ def plan_work(
             f"of {page_size}; widen the table",
         )
         capacity = longest
+    # 32 bits, as the kernels are compiled ahead of time: half the loads and registers of 64, once for all layers.
+    page_table = page_table.to(torch.int32)
     if page_table.stride(1) != 1:
         page_table = page_table.contiguous()
     lens = kv_lens.long().clamp(min=0, max=capacity)

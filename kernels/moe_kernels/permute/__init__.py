@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moe_kernels.backends import choose_backend
@@ -41,10 +42,11 @@ def permute(
     scale_layout: str = "row",
     backend: str | None = None,
 ) -> Permuted:
-    """`x [T, H]`, `slots [T, K] int64` in 0..num_slots-1 or -1 (nowhere) -> rows sorted by slot, then token, then k.
+    """`x [T, H]`, `slots [T, K] int64` -> rows sorted by slot, then token, then k.
 
-    Slot e+1 starts at `psum[e]` rounded up to `alignment`. On a CPU R is the end of the last slot's span; elsewhere it
-    is the worst case, `T * K + (alignment - 1) * num_slots`, so that the host waits for nothing.
+    Ids outside 0..num_slots-1 go nowhere. Slot e+1 starts at `psum[e]` rounded up to `alignment`. On a CPU R is the end
+    of the last slot's span; elsewhere it is the worst case, `T * K + (alignment - 1) * num_slots`, so that the host
+    waits for nothing.
     `quantize`: rows become fp8 with a scale per 128 columns (`ue8m0`, `scale_layout`: see `quantize_rows`). A
     `BlockScaled` x keeps its bytes, and its scales move along. `backend`: see `choose_backend`.
     Raises KernelError where shapes differ.
@@ -68,8 +70,15 @@ def permute(
     return Permuted(*kernels.permute(x, slots, num_slots, alignment, quantize, ue8m0, scale_layout))
 
 
-def unpermute(y: Tensor, row_of: Tensor, weights: Tensor, *, backend: str | None = None) -> Tensor:
-    """`y [R, H]`, `row_of [T, K] int64` (-1 = absent), `weights [T, K] fp32` -> `[T, H]` in y's dtype.
+def unpermute(
+    y: Tensor,
+    row_of: Tensor,
+    weights: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`y [R, H]`, `row_of [T, K] int64` (-1 = absent), `weights [T, K] fp32` -> `[T, H]` in y's dtype or `out_dtype`.
 
     Sums `weight * row` in top-k order with an fp32 accumulator; absent assignments contribute nothing, whatever their
     weight and whatever the rows hold. A token's bits depend on its own rows and weights alone. Product and sum are
@@ -81,7 +90,7 @@ def unpermute(y: Tensor, row_of: Tensor, weights: Tensor, *, backend: str | None
             f"unpermute got row_of {tuple(row_of.shape)} and weights {tuple(weights.shape)}; make them agree"
         )
     if choose_backend(y, backend, op="unpermute") == "torch":
-        return eager.unpermute(y, row_of, weights)
+        return eager.unpermute(y, row_of, weights, out_dtype or y.dtype)
     from moe_kernels.permute import triton_combine as kernels
 
-    return kernels.unpermute(y, row_of, weights)
+    return kernels.unpermute(y, row_of, weights, out_dtype or y.dtype)

@@ -14,8 +14,9 @@ def permute(x: Tensor, slots: Tensor, num_slots: int, *, alignment: int) -> tupl
     """`(data [R, H], psum [E] int32, row_of [T, K])`."""
     tokens, k = slots.shape
     device = x.device
-    # An absent assignment (-1) becomes slot E and sorts last.
-    by_slot, order = slots.reshape(-1).remainder(num_slots + 1).sort(stable=True)
+    # An absent assignment becomes slot E and sorts last.
+    flat = slots.reshape(-1)
+    by_slot, order = torch.where((flat >= 0) & (flat < num_slots), flat, num_slots).sort(stable=True)
     bounds = torch.searchsorted(by_slot, torch.arange(num_slots + 1, device=device))
     position = torch.arange(tokens * k, device=device)
     if alignment > 1:
@@ -52,16 +53,16 @@ def _rows(x: Tensor, order: Tensor, position: Tensor, total: int, k: int, *, con
     return data.index_copy_(0, target, x.index_select(0, token_of))[:total]
 
 
-def unpermute(y: Tensor, row_of: Tensor, weights: Tensor) -> Tensor:
-    """`[T, H]` in y's dtype."""
+def unpermute(y: Tensor, row_of: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[T, H]` in `dtype`."""
     if y.shape[0] == 0 or row_of.numel() == 0:
-        return y.new_zeros(row_of.shape[0], y.shape[1])
+        return y.new_zeros(row_of.shape[0], y.shape[1], dtype=dtype)
     absent = row_of < 0
     if y.device.type != "cpu":
-        return _sum_in_order(y, row_of, weights, absent)
+        return _sum_in_order(y, row_of, weights, absent).to(dtype)
     wide = y.float()
     if not bool(absent.any()):
-        return F.embedding_bag(row_of, wide, per_sample_weights=weights, mode="sum").to(y.dtype)
+        return F.embedding_bag(row_of, wide, per_sample_weights=weights, mode="sum").to(dtype)
     present = ~absent
     per_token = present.sum(dim=1)
     return F.embedding_bag(
@@ -70,7 +71,7 @@ def unpermute(y: Tensor, row_of: Tensor, weights: Tensor) -> Tensor:
         per_token.cumsum(0).sub_(per_token),
         per_sample_weights=weights[present],
         mode="sum",
-    ).to(y.dtype)
+    ).to(dtype)
 
 
 def _sum_in_order(y: Tensor, row_of: Tensor, weights: Tensor, absent: Tensor) -> Tensor:
@@ -78,4 +79,4 @@ def _sum_in_order(y: Tensor, row_of: Tensor, weights: Tensor, absent: Tensor) ->
     for rows, weight, gone in zip(row_of.clamp(min=0).unbind(1), weights.unbind(1), absent.unbind(1), strict=True):
         term = y.index_select(0, rows).float() * weight.unsqueeze(1)
         out += term.masked_fill_(gone.unsqueeze(1), 0.0)
-    return out.to(y.dtype)
+    return out

@@ -37,8 +37,8 @@ def _columns(hidden: int, itemsize: int) -> tuple[int, int]:
     return columns, max(1, min(4, columns * itemsize // 512))
 
 
-def unpermute(y: Tensor, row_of: Tensor, weights: Tensor) -> Tensor:
-    """`[T, H]` in y's dtype."""
+def unpermute(y: Tensor, row_of: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[T, H]` in `dtype`."""
     require(
         y.dim() == 2 and y.stride(1) == 1 and row_of.is_contiguous() and weights.is_contiguous(),
         f"unpermute: strides are y {y.stride()}, row_of {row_of.stride()}, weights {weights.stride()}; y's rows must "
@@ -50,7 +50,7 @@ def unpermute(y: Tensor, row_of: Tensor, weights: Tensor) -> Tensor:
     )
     tokens, k = row_of.shape
     hidden = y.shape[1]
-    out = y.new_empty(tokens, hidden)
+    out = y.new_empty(tokens, hidden, dtype=dtype)
     if not y.shape[0] or not k:
         return out.zero_()
     if out.numel():
@@ -72,18 +72,18 @@ def unpermute(y: Tensor, row_of: Tensor, weights: Tensor) -> Tensor:
 
 
 def combine_cases() -> Iterator[AotCase]:
-    """DeepSeek-V3 (also with a shared expert as ninth column) and the demo model."""
-    for hidden, k in ((7168, 8), (7168, 9), (128, 8)):
+    """DeepSeek-V3 (also with a shared expert as ninth column, and to fp32 for a sum over ranks) and the demo model."""
+    for hidden, k, out in ((7168, 8, "bf16"), (7168, 9, "bf16"), (7168, 8, "fp32"), (128, 8, "bf16")):
         columns, num_warps = _columns(hidden, 2)
         yield AotCase(
             op="permute",
-            name=f"unpermute H{hidden} K{k}",
+            name=f"unpermute H{hidden} K{k}{' to fp32' if out == 'fp32' else ''}",
             kernel=unpermute_kernel,
-            signature={"y_ptr": "*bf16", "row_of_ptr": "*i64", "weights_ptr": "*fp32", "out_ptr": "*bf16"}
+            signature={"y_ptr": "*bf16", "row_of_ptr": "*i64", "weights_ptr": "*fp32", "out_ptr": f"*{out}"}
             | {"y_stride": "i32"},
             constants={"H": hidden, "K": k, "COLUMNS": columns},
             num_warps=num_warps,
             aligned=("y_ptr", "row_of_ptr", "weights_ptr", "out_ptr", "y_stride"),
             fp_fusion=False,
-            quick=(hidden, k) == (7168, 8),
+            quick=(hidden, k, out) == (7168, 8, "bf16"),
         )
