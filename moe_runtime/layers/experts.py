@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_kernels.experts import ExpertWeights, expert_mlp_padded, expert_mlp_ragged
+from moe_kernels.grouped_gemm.layout import every_row
+from moe_kernels.scaled import BlockScaled
 from moe_kernels.swiglu import swiglu
 from torch import Tensor
 
@@ -20,14 +22,37 @@ class Experts:
     batch_invariant: bool = False
 
     def __call__(self, rows: Rows) -> Tensor:
-        """Outputs like `rows.data`; the products run in the weights' dtype. Padding rows are unspecified."""
-        x, weights, invariant = rows.data.to(self.weights.dtype), self.weights, self.batch_invariant
+        """Outputs like `rows.data`, bf16 where that is fp8. Padding rows are unspecified.
+
+        Plain weights multiply in their own dtype, block-scaled ones take rows as they come, fp8 with scales among them.
+        """
+        x, weights, invariant = self._operand(rows), self.weights, self.batch_invariant
         match rows:
             case GroupedRows():
-                y = expert_mlp_ragged(x, weights, psum=rows.psum, alignment=rows.alignment, batch_invariant=invariant)
+                y = expert_mlp_ragged(
+                    x,
+                    weights,
+                    psum=rows.psum,
+                    alignment=rows.alignment,
+                    row_weights=rows.weights,
+                    expected_rows=rows.expected_rows,
+                    batch_invariant=invariant,
+                )
             case PaddedRows():
-                y = expert_mlp_padded(x, weights, counts=rows.counts, batch_invariant=invariant)
-        return y.to(rows.data.dtype)
+                y = expert_mlp_padded(
+                    x,
+                    weights,
+                    counts=rows.counts,
+                    row_weights=rows.weights,
+                    expected_rows=rows.expected_rows,
+                    batch_invariant=invariant,
+                )
+        return y if isinstance(x, BlockScaled) else y.to(rows.data.dtype)
+
+    def _operand(self, rows: Rows) -> Tensor | BlockScaled:
+        if rows.scales is not None:
+            return BlockScaled(rows.data, rows.scales)
+        return rows.data if isinstance(self.weights.w13, BlockScaled) else rows.data.to(self.weights.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,3 +65,18 @@ class DenseMLP:
     def __call__(self, x: Tensor) -> Tensor:
         """`x [T, H]` -> `[T, H]`."""
         return self.down(swiglu(self.gate_up(x), fast=not self.gate_up.batch_invariant))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScaledMLP:
+    """The same in fp8 blocks: the only slot of `weights`, whose hidden rows stay fp8 between the two products."""
+
+    weights: ExpertWeights
+    batch_invariant: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x [T, H]` -> `[T, H]`, in x's dtype."""
+        return expert_mlp_ragged(x, self.weights, psum=every_row(x.device), batch_invariant=self.batch_invariant)
+
+
+MLP = DenseMLP | ScaledMLP

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_kernels.linear import Weight, linear, prepare_weight
+from moe_kernels.linear import LinearWeight, linear, prepare_weight
+from moe_kernels.scaled import BlockScaled
 from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """`y [..., N] = x [..., K] @ weight.T + bias`."""
+    """`y [..., N] = x [..., K] @ weight.T + bias`, in x's dtype."""
 
-    weight: Weight
+    weight: LinearWeight
     bias: Tensor | None = None
     batch_invariant: bool = False
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Linear:
-        """A layer over `weight [N, K]`, packed where that is faster on this device."""
+    def of(cls, weight: Tensor | BlockScaled, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Linear:
+        """A layer over `weight [N, K]`, packed where that is faster on this device; fp8 blocks stay as they are."""
         return cls(weight if batch_invariant else prepare_weight(weight), bias, batch_invariant)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from moe_kernels.scaled import BlockScaled
 from torch import Tensor
 
 from moe_runtime.errors import CheckpointError
@@ -16,6 +17,8 @@ from moe_runtime.loading.header import AGAIN, TensorInfo, similar_name
 
 _SHOWN: Final = 3
 _SCALE_DTYPES: Final = frozenset({torch.float32, torch.bfloat16})
+_FP8: Final = torch.float8_e4m3fn
+_ROWS_CHECKED: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,28 @@ def load_region(
     return loaded
 
 
+def load_blocks(
+    checkpoint: Checkpoint, spec: TensorSpec, region: Region | None = None, *, verify: bool = True
+) -> BlockScaled:
+    """The region of one FP8 matrix as it is stored: `data [n, k]` and the fp32 scales of its blocks, contiguous.
+
+    The region must start on borders of blocks; its last blocks may be short. Host memory peaks at the result.
+    With `verify`, raises CheckpointError for NaN weights or scales that are not finite.
+    """
+    info = checkpoint.info(spec.name)
+    assert info.dtype == _FP8 and spec.block is not None, f"{spec.name!r} is stored as {info.dtype}, not in blocks"
+    (first_row, _), (first_column, _) = _matrix_bounds(info, region)
+    if first_row % spec.block[0] or first_column % spec.block[1]:
+        raise ValueError(f"region {region} of {spec.name!r} starts inside a block of {spec.block}: dequantise it")
+    stored = checkpoint.read(spec.name, region)
+    scales = _scales(checkpoint, spec, info, region)
+    if verify and any(
+        bool((rows & 0x7F == 0x7F).any()) for rows in torch.split(stored.view(torch.uint8), _ROWS_CHECKED)
+    ):
+        _check_finite(info, stored.float(), region)
+    return BlockScaled(stored, scales.float())
+
+
 def _dequantized(
     checkpoint: Checkpoint,
     spec: TensorSpec,
@@ -87,22 +112,34 @@ def _dequantized(
     dtype: torch.dtype,
 ) -> Tensor:
     assert spec.block is not None
+    (first_row, _), (first_column, _) = _matrix_bounds(info, region)
+    return dequantize(
+        stored,
+        _scales(checkpoint, spec, info, region),
+        block=spec.block,
+        row_offset=first_row % spec.block[0],
+        column_offset=first_column % spec.block[1],
+        dtype=dtype,
+    )
+
+
+def _matrix_bounds(info: TensorInfo, region: Region | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First and last row, first and last column of a region."""
     cuts = (*(region or ()), slice(None), slice(None))[:2]
     rows, columns = (cut.indices(size)[:2] for cut, size in zip(cuts, info.shape, strict=True))
-    scales = checkpoint.read(scale_name(spec.name), block_region((rows, columns), spec.block))
+    return rows, columns
+
+
+def _scales(checkpoint: Checkpoint, spec: TensorSpec, info: TensorInfo, region: Region | None) -> Tensor:
+    """The stored scales of the blocks that a region touches; CheckpointError where one is not finite."""
+    assert spec.block is not None
+    scales = checkpoint.read(scale_name(spec.name), block_region(_matrix_bounds(info, region), spec.block))
     if not torch.isfinite(scales).all():
         raise CheckpointError(
             f"{checkpoint.info(scale_name(spec.name)).file}: tensor {scale_name(spec.name)!r}: expected finite scales, "
             f"got NaN or infinity. {AGAIN}."
         )
-    return dequantize(
-        stored,
-        scales,
-        block=spec.block,
-        row_offset=rows[0] % spec.block[0],
-        column_offset=columns[0] % spec.block[1],
-        dtype=dtype,
-    )
+    return scales
 
 
 def _check_finite(info: TensorInfo, loaded: Tensor, region: Region | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_runtime.errors import CheckpointError
 from moe_runtime.loading.checkpoint import Checkpoint
 from moe_runtime.loading.fp8 import dequantize
-from moe_runtime.loading.shard import TensorSpec, check_tensors, load_region
+from moe_runtime.loading.shard import TensorSpec, check_tensors, load_blocks, load_region
 from moe_runtime.loading.source import CheckpointSource
 
 PLAIN = frozenset({torch.float32, torch.bfloat16})
@@ -177,6 +177,49 @@ def test_fp8_regions(tmp_path: Path, region: tuple[slice, ...] | None, dtype: to
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "region",
+    [None, (slice(128, 256),), (slice(256, 300),), (slice(None), slice(128, 200)), (slice(0, 200), slice(0, 70))],
+)
+def test_fp8_regions_as_they_are_stored(
+    tmp_path: Path, region: tuple[slice, ...] | None, scale_dtype: torch.dtype
+) -> None:
+    """The last blocks may be short: at the end of the matrix, or of the region."""
+    tensors = good()
+    tensors[SCALES] = tensors[SCALES].to(scale_dtype)
+    checkpoint = saved(tmp_path, tensors)
+    got = load_blocks(checkpoint, SPECS[0], region)
+    assert got.data.is_contiguous()
+    assert got.scale.is_contiguous()
+    assert (got.data.dtype, got.scale.dtype) == (FP8, torch.float32)
+    want = load_region(checkpoint, SPECS[0], region, dtype=torch.float32)
+    assert torch.equal(dequantize(got.data, got.scale, block=(128, 128), dtype=torch.float32), want)
+
+
+@pytest.mark.parametrize("region", [(slice(64, 256),), (slice(None), slice(1, 200))])
+def test_a_region_that_starts_inside_a_block_has_no_blocks_of_its_own(
+    tmp_path: Path, region: tuple[slice, ...]
+) -> None:
+    with pytest.raises(ValueError, match="starts inside a block"):
+        load_blocks(saved(tmp_path, good()), SPECS[0], region)
+
+
+def test_a_source_tells_fp8_from_the_files_and_moves_it_as_it_is(tmp_path: Path) -> None:
+    counts: list[int] = []
+    source = CheckpointSource(
+        saved(tmp_path, good()),
+        {spec.name: spec for spec in SPECS},
+        dtype=torch.bfloat16,
+        device=torch.device("meta"),
+        on_read=counts.append,
+    )
+    assert [source.is_fp8(name) for name in (PROJ, NORM)] == [True, False]
+    blocks = source.read_blocks(PROJ, (slice(0, 128),))
+    assert (blocks.data.dtype, blocks.data.device.type, blocks.scale.device.type) == (FP8, "meta", "meta")
+    assert counts == [128 * 200]
+
+
 def test_plain_regions_are_cast(tmp_path: Path) -> None:
     weights = torch.arange(200.0)
     checkpoint = saved(tmp_path, good() | {NORM: weights.bfloat16()})
@@ -218,11 +261,15 @@ def test_nan_in_fp8_weights_and_scales(tmp_path: Path) -> None:
     tensors[PROJ].view(torch.uint8)[299, 199] = 0x7F  # the NaN of e4m3
     with pytest.raises(CheckpointError, match=r"expected finite weights, got nan at \[299, 199\]"):
         load_region(saved(tmp_path, tensors), SPECS[0], dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"expected finite weights, got nan at \[299, 199\]"):
+        load_blocks(saved(tmp_path, tensors), SPECS[0], (slice(256, 300),))
     tensors = good()
     tensors[SCALES][2, 1] = float("nan")
     checkpoint = saved(tmp_path, tensors)
     with pytest.raises(CheckpointError, match=f"{SCALES}.*expected finite scales, got NaN"):
         load_region(checkpoint, SPECS[0], (slice(256, 300),), dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=f"{SCALES}.*expected finite scales, got NaN"):
+        load_blocks(checkpoint, SPECS[0], (slice(256, 300),))
     assert load_region(checkpoint, SPECS[0], (slice(0, 256),), dtype=torch.bfloat16).shape == (256, 200)
 
 

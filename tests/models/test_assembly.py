@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from moe_kernels.linear import PackedWeight
+from moe_kernels.scaled import BlockScaled
 from moe_models.deepseek_v3.assembly import Assembly, SharedExpertsMode
 from moe_models.deepseek_v3.model import DeepseekModel
 from moe_models.registry import load_config, tensor_specs
@@ -112,7 +113,7 @@ def held(weights: MLAWeights) -> Iterator[tuple[int, int]]:
     for field in fields(weights):
         value = getattr(weights, field.name)
         for part in (value.weight, value.bias) if isinstance(value, Linear) else (value,):
-            assert not isinstance(part, PackedWeight), "weights this small stay plain"
+            assert not isinstance(part, PackedWeight | BlockScaled), "weights this small stay plain"
             if part is not None:
                 yield part.untyped_storage().data_ptr(), part.untyped_storage().nbytes()
 

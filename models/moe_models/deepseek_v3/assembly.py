@@ -6,21 +6,22 @@ h local heads, H hidden, I expert width, C kv_lora_rank, S shared experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from moe_kernels.experts import allocate_experts
 from moe_kernels.gate import GateRule
 from torch import Tensor
 
 from moe_models.base import ModelConfig
+from moe_models.deepseek_v3.matrices import Matrices
 from moe_models.deepseek_v3.model import Block, DeepseekModel
+from moe_models.kept_fp8 import KeptFp8, Part
 from moe_runtime.balance.load import LoadRecorder
 from moe_runtime.comm.base import Groups
 from moe_runtime.dispatch.base import Dispatcher
 from moe_runtime.layers.embedding import VocabEmbedding, VocabHead, vocab_shard
-from moe_runtime.layers.experts import DenseMLP, Experts
+from moe_runtime.layers.experts import MLP, Experts
 from moe_runtime.layers.linear import Linear
 from moe_runtime.layers.mla import MLA, MLAShape, MLAWeights
 from moe_runtime.layers.moe import MoELayer
@@ -50,6 +51,11 @@ class Assembly:
     batch_invariant: bool
     expert_dtype: torch.dtype
     max_model_len: int
+    kept_fp8: KeptFp8 = field(default_factory=KeptFp8)
+
+    @property
+    def matrices(self) -> Matrices:
+        return Matrices(self.source, self.kept_fp8, self.batch_invariant)
 
     def build(self, on_layer: Callable[[int], None] = lambda _: None) -> DeepseekModel:
         """The model of this rank; `on_layer` is called after each loaded layer."""
@@ -102,19 +108,19 @@ class Assembly:
             weight = self.source.read(name, (slice(first, last), slice(None)))
             if last - first < rows:
                 weight = torch.nn.functional.pad(weight, (0, 0, 0, rows - (last - first)))
-            return self._linear(weight)
+            return Linear.of(weight, batch_invariant=self.batch_invariant)
 
         return VocabHead(self.source.shared(("head", first, last), build), self.config.vocab_size, self.groups.tp)
 
     # One layer
 
     def _block(self, layer: int) -> Block:
-        prefix = f"model.layers.{layer}."
+        prefix, has_experts = f"model.layers.{layer}.", layer in self.config.moe_layers
         return Block(
             attention_norm=self._whole(prefix + "input_layernorm.weight"),
             attention=self._attention(prefix + "self_attn."),
             ffn_norm=self._whole(prefix + "post_attention_layernorm.weight"),
-            ffn=self._moe(layer, prefix + "mlp.") if layer in self.config.moe_layers else self._dense(prefix + "mlp."),
+            ffn=self._moe(layer, prefix + "mlp.") if has_experts else self._mlp("dense", prefix + "mlp."),
         )
 
     def _attention(self, prefix: str) -> MLA:
@@ -140,50 +146,48 @@ class Assembly:
         def head_rows(width: int) -> slice:
             return slice(heads.start * width, heads.stop * width)
 
+        def interleaved(rows: Tensor) -> Tensor:
+            return rows if config.rope_interleave else pair_up(rows, config.qk_rope_head_dim)
+
+        def interleaved_heads(rows: Tensor) -> Tensor:
+            return rows if config.rope_interleave else torch.cat([interleaved(r) for r in rows.chunk(shape.num_heads)])
+
         query_rows = (head_rows(config.qk_nope_head_dim + config.qk_rope_head_dim), every)
-        names = ["kv_a_proj_with_mqa"] if config.q_lora_rank is None else ["q_a_proj", "kv_a_proj_with_mqa"]
-        down = torch.cat([read(f"{prefix}{name}.weight") for name in names])
-        bias = torch.cat([read(f"{prefix}{name}.bias") for name in names]) if config.attention_bias else None
-        query = read(f"{prefix}{'q_proj' if config.q_lora_rank is None else 'q_b_proj'}.weight", query_rows)
-        if not config.rope_interleave:
-            rope = config.qk_rope_head_dim
-            down, bias = pair_up(down, rope), None if bias is None else pair_up(bias, rope)
-            query = torch.cat([pair_up(head, rope) for head in query.chunk(shape.num_heads)])
+        names = [f"{prefix}{name}" for name in ("q_a_proj", "kv_a_proj_with_mqa")][config.q_lora_rank is None :]
+        bias = interleaved(torch.cat([read(f"{name}.bias") for name in names])) if config.attention_bias else None
+        query = [f"{prefix}{'q_proj' if config.q_lora_rank is None else 'q_b_proj'}"]
         up_width = config.qk_nope_head_dim + config.v_head_dim
         up = read(f"{prefix}kv_b_proj.weight", (head_rows(up_width), every)).view(shape.num_heads, up_width, -1)
         key_up = up[:, : config.qk_nope_head_dim].contiguous()
         transposed = key_up.transpose(1, 2)
         return MLAWeights(
-            down=self._linear(down, bias),
+            down=self.matrices.linear("down", names, bias=bias, reorder=interleaved),
             q_norm=None if config.q_lora_rank is None else read(f"{prefix}q_a_layernorm.weight"),
-            q=self._linear(query),
+            q=self.matrices.linear("query", query, query_rows, reorder=interleaved_heads),
             kv_norm=read(f"{prefix}kv_a_layernorm.weight"),
             key_up=key_up,
             key_up_transposed=transposed.contiguous() if self.batch_invariant else transposed,
             value_up=up[:, config.qk_nope_head_dim :].contiguous(),
-            out=self._linear(read(f"{prefix}o_proj.weight", (every, head_rows(config.v_head_dim)))),
+            out=self.matrices.linear("out", [f"{prefix}o_proj"], (every, head_rows(config.v_head_dim))),
             out_bias=read(f"{prefix}o_proj.bias") if config.attention_bias else None,
         )
 
-    def _dense(self, prefix: str) -> DenseMLP:
-        return self.source.shared(prefix, lambda: self._mlp(prefix))
-
-    def _mlp(self, prefix: str) -> DenseMLP:
-        gate_up = torch.cat([self.source.read(f"{prefix}{name}.weight") for name in ("gate_proj", "up_proj")])
-        return DenseMLP(self._linear(gate_up), self._linear(self.source.read(f"{prefix}down_proj.weight")))
+    def _mlp(self, part: Part, prefix: str) -> MLP:
+        return self.source.shared(prefix, lambda: self.matrices.mlp(part, prefix))
 
     # Experts
 
     def _moe(self, layer: int, prefix: str) -> MoELayer[Any]:
         config, index = self.config, self.config.moe_layers.index(layer)
         dispatched = self.shared_experts == "dispatched"
+        beside = config.n_shared_experts and not dispatched
         return MoELayer(
             index=index,
             router=self.source.shared((prefix, "router"), lambda: self._router(prefix, dispatched=dispatched)),
             selector=self.selector,
             dispatcher=self.dispatcher,
             experts=self._experts(index, prefix),
-            shared=self._dense(prefix + "shared_experts.") if config.n_shared_experts and not dispatched else None,
+            shared=self._mlp("shared", prefix + "shared_experts.") if beside else None,
             recorder=self.recorder,
         )
 
@@ -202,36 +206,17 @@ class Assembly:
 
     def _experts(self, index: int, prefix: str) -> Experts:
         """This rank's slots, filled with the experts that the placement puts there."""
-        config = self.config
-        weights = allocate_experts(
-            self.placement.num_local,
-            config.hidden_size,
-            config.moe_intermediate_size,
+        weights = self.matrices.experts(
+            prefix,
+            self.placement.local_logical(index, self.mesh.ep_rank),
+            routed=self.config.n_routed_experts,
+            hidden=self.config.hidden_size,
+            width=self.config.moe_intermediate_size,
             dtype=self.expert_dtype,
-            device=self.source.device,
         )
-        for slot, logical in enumerate(self.placement.local_logical(index, self.mesh.ep_rank)):
-            w13, w2 = self._expert(prefix, logical)
-            weights.write_slot_(slot, w13=w13, w2=w2)
         return Experts(weights, self.batch_invariant)
 
-    def _expert(self, prefix: str, logical: int) -> tuple[Tensor, Tensor]:
-        """`w13 [2I, H]`, `w2 [H, I]` of a logical expert; ids from E on are slices of width I of the shared MLP."""
-        shared, width = logical - self.config.n_routed_experts, self.config.moe_intermediate_size
-        stem, rows, columns = f"{prefix}experts.{logical}.", None, None
-        if shared >= 0:
-            cut, every = slice(shared * width, (shared + 1) * width), slice(None)
-            stem, rows, columns = f"{prefix}shared_experts.", (cut, every), (every, cut)
-        gate, up, down = (
-            self.source.read(f"{stem}{name}_proj.weight", region, dtype=self.expert_dtype)
-            for name, region in (("gate", rows), ("up", rows), ("down", columns))
-        )
-        return torch.cat((gate, up)), down
-
     # Reading
-
-    def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return Linear.of(weight, bias, batch_invariant=self.batch_invariant)
 
     def _whole(self, name: str) -> Tensor:
         return self.source.shared(name, lambda: self.source.read(name))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_runtime.comm.base import Location
 from moe_runtime.layers.embedding import VocabEmbedding, VocabHead
-from moe_runtime.layers.experts import DenseMLP
+from moe_runtime.layers.experts import MLP
 from moe_runtime.layers.mla import MLA
 from moe_runtime.layers.moe import MoELayer
 from moe_runtime.layers.rope import RotaryTable
@@ -28,7 +28,7 @@ class Block:
     attention_norm: Tensor
     attention: MLA
     ffn_norm: Tensor
-    ffn: MoELayer[Any] | DenseMLP
+    ffn: MoELayer[Any] | MLP
 
 
 @dataclass(frozen=True, slots=True)
