@@ -50,11 +50,13 @@ GPU_ENV := PYTHONPATH=.:kernels:models:tools:$(GPU_SITE)
 
 gpu: gpu-test gpu-bench ## GPU tests, then GPU benchmarks
 
-gpu-test: $(GPU_SITE) ## the Triton kernels' tests on a CUDA device
-	$(GPU_ENV) $(GPU_PYTHON) -m pytest -q -n 8 -p no:cacheprovider tests/kernels -k "triton or gpu"
+gpu-test: $(GPU_SITE) ## the Triton kernels' tests on a CUDA device, and the demo model end to end
+	$(GPU_ENV) $(GPU_PYTHON) -m pytest -q -rs -n 8 -p no:cacheprovider tests/kernels tests/tools/test_slice.py tests/gpu \
+	  -k "triton or gpu"
 
-gpu-bench: $(GPU_SITE) ## kernels against their floors, into docs/measurements/gpu.jsonl
+gpu-bench: $(GPU_SITE) ## kernels and one rank's layer against their floors, into docs/measurements/gpu.jsonl
 	$(GPU_ENV) $(GPU_PYTHON) -m moe_tools.bench kernels
+	$(GPU_ENV) $(GPU_PYTHON) -m moe_tools.bench slice
 
 gpu-wheels: ## fetch the few wheels that the end-to-end GPU tests need where there is no package index
 	$(PYTHON) -m pip download -q --no-deps -d $(GPU_WHEELS) -c constraints.txt --python-version 3.12 \

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m moe_tools.bench throughput|ranks`."""
+"""Benchmarks: `python -m moe_tools.bench throughput|ranks|kernels|slice`."""

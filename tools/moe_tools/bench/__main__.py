@@ -20,9 +20,13 @@ def main() -> None:
             from moe_tools.bench.kernels import main as run_kernels
 
             run_kernels(rest)
+        case ["slice", *rest]:
+            from moe_tools.bench.layer_slice import main as run_slice
+
+            run_slice(rest)
         case words:
             raise SystemExit(
-                f"python -m moe_tools.bench throughput|ranks|kernels …: {' '.join(words) or 'nothing'} given"
+                f"python -m moe_tools.bench throughput|ranks|kernels|slice …: {' '.join(words) or 'nothing'} given"
             )
 
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from moe_kernels.experts import ExpertWeights, expert_mlp_padded, expert_mlp_ragged
+from moe_kernels.errors import KernelError
+from moe_kernels.experts import expert_mlp_padded, expert_mlp_ragged
 from moe_kernels.gate import GateRule, gate
+from moe_kernels.grouped_gemm import deep_gemm
 from moe_kernels.mla import mla_absorbed, plan_absorbed
 from moe_kernels.norm import add_rms_norm
 from moe_kernels.permute import permute, unpermute
@@ -21,14 +23,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_tools.bench.floor import Work, expert_work, mla_work
+from moe_tools.bench.random_weights import HIDDEN, INTERMEDIATE, bf16_weights, fp8_weights
 
-HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 7168, 2048, 256, 8
+EXPERTS, TOP_K = 256, 8
 HEADS, LATENT, ROPE, PAGE = 128, 512, 64, 64
 V3_RULE = GateRule(
     top_k=TOP_K, num_groups=8, top_groups=4, scoring="sigmoid", group_score="top2_sum",
     masked_score=float("-inf"), normalise=True, scale=2.5,
 )  # fmt: skip
-FP8 = torch.float8_e4m3fn
 
 Contenders = dict[str, Callable[[], object]]
 
@@ -56,6 +58,8 @@ def cases(device: str = "cuda") -> Iterator[Callable[[], Case]]:
         (8, 128, 117.0, 124.0),
         (2, 512, 87.0, 90.0),
         (1, 1024, None, 88.0),
+        (2, 32, None, 45.0),
+        (1, 64, None, 31.0),
     ):
         yield partial(masked_core, slots, rows, device, target_us=target, deep_gemm_us=published)
         yield partial(masked_core_bf16, slots, rows, device)
@@ -69,44 +73,17 @@ def cases(device: str = "cuda") -> Iterator[Callable[[], Case]]:
             yield partial(build, tokens, device)
 
 
-# Weights and rows
-
-
-def fp8_weights(slots: int, device: str) -> ExpertWeights:
-    """Random weights as a block-scaled checkpoint has them."""
-    return ExpertWeights(
-        _scaled(slots, 2 * INTERMEDIATE, HIDDEN, device),
-        _scaled(slots, HIDDEN, INTERMEDIATE, device),
-    )
-
-
-def _scaled(slots: int, n: int, k: int, device: str) -> BlockScaled:
-    data = torch.empty(slots, n, k, dtype=FP8, device=device)
-    for slot in data:  # one slot at a time: no fp32 copy of all
-        slot.copy_(torch.randn(n, k, device=device).mul_(64))
-    scale = torch.rand(slots, n // 128, k // 128, device=device).add_(0.5).mul_(k**-0.5 / 64)
-    return BlockScaled(data, scale)
-
-
-def scaled_matrix(n: int, k: int, device: str) -> BlockScaled:
-    """One random matrix `[n, k]` with 128×128 scales; n and k need not be multiples."""
-    data = torch.randn(n, k, device=device).mul_(64).to(FP8)
-    scale = torch.rand(-(-n // 128), -(-k // 128), device=device).add_(0.5).mul_(k**-0.5 / 64)
-    return BlockScaled(data, scale)
-
-
-def bf16_weights(slots: int, device: str) -> ExpertWeights:
-    """Random weights in bf16."""
-    w13 = torch.randn(slots, 2 * INTERMEDIATE, HIDDEN, dtype=torch.bfloat16, device=device).mul_(HIDDEN**-0.5)
-    w2 = torch.randn(slots, HIDDEN, INTERMEDIATE, dtype=torch.bfloat16, device=device).mul_(INTERMEDIATE**-0.5)
-    return ExpertWeights(w13, w2)
+def _fp8_backends() -> tuple[str, ...]:
+    """Ours, and DeepSeek's library where a usable one is importable."""
+    try:
+        deep_gemm.library()
+    except KernelError:
+        return ("triton",)
+    return ("triton", "deep_gemm")
 
 
 def _rows(*shape: int, device: str) -> Tensor:
     return torch.randn(*shape, dtype=torch.bfloat16, device=device)
-
-
-# Cases
 
 
 def masked_core(slots: int, rows: int, device: str, *, target_us: float | None, deep_gemm_us: float) -> Case:
@@ -122,7 +99,7 @@ def masked_core(slots: int, rows: int, device: str, *, target_us: float | None, 
         "masked MoE core fp8",
         {"slots": slots, "rows": rows},
         work,
-        {"triton": lambda: expert_mlp_padded(x, weights, counts=counts, backend="triton")},
+        {name: partial(expert_mlp_padded, x, weights, counts=counts, backend=name) for name in _fp8_backends()},
         published_us={"DeepGEMM": deep_gemm_us},
         target_us=target_us,
     )
@@ -204,7 +181,10 @@ def prefill_core(slots: int, rows: int, device: str) -> Case:
         "prefill MoE core fp8",
         {"slots": slots, "rows": rows},
         work,
-        {"triton": lambda: expert_mlp_ragged(x, weights, psum=psum, alignment=128, backend="triton")},
+        {
+            name: partial(expert_mlp_ragged, x, weights, psum=psum, alignment=128, backend=name)
+            for name in _fp8_backends()
+        },
         published_us={"SGLang Triton": 15_300.0},
         target_us=1e6 * work.flops / 760e12,
     )

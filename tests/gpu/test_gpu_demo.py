@@ -1,0 +1,93 @@
+"""The demo model end to end on a CUDA device: one rank, eight virtual ones, each dispatch; against fp32 on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.answers import NEEDS_GPU, NEEDS_WHEELS, Bounds, Run, assert_follows, assert_same_bits, run
+
+pytestmark = [NEEDS_GPU, NEEDS_WHEELS]
+
+DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
+NEW_TOKENS = 32
+FP32 = Bounds(median=1e-3, worst=1e-2, margin=1e-2, least_prefix=NEW_TOKENS - 4)
+"""Other orders of summation; an expert chosen otherwise at a tie moves a position by some 0.5."""
+BF16 = Bounds(median=0.15, worst=1.5, margin=1.0, least_prefix=NEW_TOKENS // 4)
+"""Three times what bf16 costs on a CPU over these prompts: median 0.05, worst 0.55 (an expert chosen otherwise); the
+logits themselves spread by 2.4."""
+ON_GPU = ("device=cuda", "engine.cuda_graphs=off")
+FIXED = ("engine.max_model_len=256", "engine.prefix_caching=false")
+"""A short page table and the same steps in every run."""
+
+
+def prompts(count: int) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    lines = (DEMO / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    return [tokenizer.encode(json.loads(line)["prompt"]).ids[:48] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Run:
+    """On the CPU, in fp32, one rank."""
+    words = ("device=cpu", "dtype=float32", "dispatch=local", "num_threads=8", *FIXED)
+    return run(DEMO, prompts(8), words, new_tokens=NEW_TOKENS)
+
+
+def on_gpu(*words: str, count: int = 8) -> Run:
+    return run(DEMO, prompts(count), (*ON_GPU, *FIXED, *words), new_tokens=NEW_TOKENS)
+
+
+LAYOUTS = [
+    ("ep=1", "dispatch=local"),
+    ("ep=8", "tp=1", "dispatch=all_gather"),
+    ("ep=8", "tp=1", "dispatch=all_to_all"),
+    ("ep=8", "tp=2", "dispatch=all_to_all", "placement.num_redundant_experts=16"),
+]
+
+
+@pytest.mark.parametrize("words", LAYOUTS, ids=" ".join)
+def test_fp32_gives_the_tokens_of_the_cpu(words: tuple[str, ...], oracle: Run) -> None:
+    assert_follows(on_gpu("dtype=float32", *words), oracle, FP32)
+
+
+@pytest.mark.parametrize("words", LAYOUTS, ids=" ".join)
+def test_bf16_stays_near_the_cpu(words: tuple[str, ...], oracle: Run) -> None:
+    assert_follows(on_gpu("dtype=bfloat16", *words), oracle, BF16)
+
+
+@pytest.mark.parametrize(("words", "rows"), [(LAYOUTS[0], 8), (LAYOUTS[1], 1)], ids=["ep=1", "ep=8"])
+def test_graphs_change_no_bit(words: tuple[str, ...], rows: int) -> None:
+    """Eight requests from first to last: every decode step fills a captured size, so that both runs have one shape."""
+    shape = ("dtype=bfloat16", f"engine.max_num_seqs={rows}", f"engine.cuda_graph_sizes=[{rows}]", *words)
+    eager = on_gpu(*shape)
+    captured = on_gpu(*shape, "engine.cuda_graphs=on")
+    assert (eager.captures, eager.replays) == (0, 0)
+    assert captured.captures == 1 and captured.replays >= NEW_TOKENS - 2
+    assert_same_bits(captured, eager)
+
+
+def test_padded_graphs_stay_near(oracle: Run) -> None:
+    """Three requests in steps captured for four rows."""
+    got = on_gpu("dtype=float32", *LAYOUTS[0], "engine.cuda_graph_sizes=[4]", "engine.cuda_graphs=on", count=3)
+    assert got.replays
+    assert_follows(got, Run(oracle.answers[:3], 0, 0), FP32)
+
+
+def test_batch_invariance_on_the_device() -> None:
+    """Alone or among others, at ep=1 or ep=8: the same bits."""
+    words = ("dtype=bfloat16", "engine.batch_invariant=true")
+    crowd = on_gpu(*words, *LAYOUTS[0])
+    alone = on_gpu(*words, *LAYOUTS[0], count=1)
+    spread = on_gpu(*words, *LAYOUTS[2])
+    assert_same_bits(Run(crowd.answers[:1], 0, 0), alone)
+    assert_same_bits(spread, crowd)
+
+
+def test_the_same_run_twice_has_the_same_bits() -> None:
+    words = ("dtype=bfloat16", *LAYOUTS[1])
+    assert_same_bits(on_gpu(*words), on_gpu(*words))
