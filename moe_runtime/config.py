@@ -15,12 +15,14 @@ from moe_runtime.schema import Key, keys_of, setting
 
 Job = Literal["generate", "doctor"]
 DtypeName = Literal["auto", "float32", "bfloat16"]
+Fp8Weights = Literal["auto", "keep", "dequantize"]
 Device = Literal["cpu", "cuda"]
 Launcher = Literal["auto", "virtual", "process", "torchrun"]
 DispatchName = Literal["local", "all_to_all", "all_gather"]
 SharedExperts = Literal["replicated", "dispatched"]
 ReplicaChoice = Literal["static", "round_robin", "nearest"]
 Padding = Literal["auto", "max", "own"]
+CudaGraphs = Literal["auto", "on", "off"]
 
 _MAX_SEED = 2**63 - 1
 
@@ -50,7 +52,12 @@ class EngineConfig:
     max_model_len: int | None = setting(
         None, "most tokens of prompt and output together; null: the model's own limit", minimum=2
     )
-    page_size: int = setting(16, "tokens per page of the latent cache", minimum=1, maximum=1024)
+    page_size: int | None = setting(
+        None,
+        "tokens per page of the latent cache, on cuda a power of two; null: 16 on cpu, 64 on cuda",
+        minimum=1,
+        maximum=1024,
+    )
     kv_cache_bytes: int | None = setting(
         None,
         "latent cache per rank, e.g. 512MiB; null: room for max_num_seqs full sequences, at most 1GiB per process",
@@ -59,7 +66,13 @@ class EngineConfig:
     )
     prefix_caching: bool = setting(True, "reuse cached pages of equal prompt beginnings")
     padding: Padding = setting(
-        "auto", "token rows of a DP group: max: as many as the largest, own: its own; auto: max under graphs"
+        "auto", "token rows of a DP group: max: as many as the largest, own: its own; auto: the graph's, else own"
+    )
+    cuda_graphs: CudaGraphs = setting(
+        "auto", "capture decode steps as CUDA graphs at start; auto: on a GPU, where the dispatch allows it"
+    )
+    cuda_graph_sizes: tuple[int, ...] | None = setting(
+        None, "rows of a DP group to capture, e.g. [1,2,4,8]; null: 1, 2, 4, 8, 16, 24, … up to max_num_seqs"
     )
     dispatch_buffer_bytes: int = setting(
         256 * 2**20,
@@ -123,6 +136,9 @@ class RuntimeConfig:
     dtype: DtypeName = setting(
         "auto",
         "computation in this dtype; auto: the checkpoint's; on a CPU, small models use it for their experts only",
+    )
+    fp8_weights: Fp8Weights = setting(
+        "auto", "weights stored in FP8: keep them so, or dequantize them when loading; auto: keep on cuda"
     )
     device: Device = setting("cpu", "where tensors live")
     seed: int = setting(0, "seed of all sampling", minimum=0, maximum=_MAX_SEED)

@@ -60,7 +60,7 @@ class Key:
 
     @property
     def is_list(self) -> bool:
-        return get_origin(self.annotation) is tuple
+        return get_origin(_plain_type(self.annotation)) is tuple
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -227,10 +227,12 @@ def _example(key: Key) -> str:
     if key.size_in_bytes:
         return "512MiB"
     default = key.default
-    if default is None:
+    if default is None and not key.is_list:
         kind = _plain_type(key.annotation)
         return "8" if kind is int else "my_file.jsonl"
-    return shown(default) if default != () else ("[1,7]" if key.name.endswith("ids") else "'[\"end\"]'")
+    if default is not None and default != ():
+        return shown(default)
+    return "'[\"end\"]'" if get_args(_plain_type(key.annotation))[:1] == (str,) else "[1,7]"
 
 
 def shown(value: object) -> str:

@@ -54,6 +54,7 @@ LONGER: dict[str, str] = {}
 
 STATE: dict[str, str] = {
     "kernels/moe_kernels/grouped_gemm/deep_gemm.py:library": "an import with its checks, done once",
+    "kernels/moe_kernels/grouped_gemm/layout.py:every_row": "a constant tensor: a launch less per product",
     "kernels/moe_kernels/grouped_gemm/triton.py:_programs": "a device's number of multiprocessors, looked up once",
     "kernels/moe_kernels/backends.py:_problem": "what a device lacks, looked up once: a look takes milliseconds",
     "moe_runtime/launch/compose.py:_HYDRA": "a lock beside Hydra's own process-wide state",

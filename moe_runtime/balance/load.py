@@ -22,16 +22,20 @@ class LoadRecorder:
         ids = routing.expert_ids
         self._counts[layer].put_(ids, torch.ones_like(ids), accumulate=True)
 
+    def counts_of(self, layer: int) -> Tensor:
+        """[E+1] int64: MoE layer `layer`'s own row, for a kernel that adds to it; the last entry is no expert's."""
+        return self._counts[layer]
+
     def record_received(self, layer: int, rows: Rows) -> None:
-        """Count the rows that this rank's slots received for MoE layer `layer`."""
+        """Count the rows that this rank's slots received for MoE layer `layer`; waits for no device."""
         match rows:
             case GroupedRows(alignment=1):
-                self._received[layer] += rows.psum[-1]
+                self._received[layer].add_(rows.psum[-1])
             case GroupedRows():
                 starts = torch.nn.functional.pad(-(-rows.psum[:-1] // rows.alignment) * rows.alignment, (1, 0))
-                self._received[layer] += (rows.psum - starts).sum()
+                self._received[layer].add_((rows.psum - starts).sum())
             case PaddedRows():
-                self._received[layer] += rows.counts.sum()
+                self._received[layer].add_(rows.counts.sum())
 
     def received(self) -> Tensor:
         """[L] int64: rows received by this rank, a copy."""

@@ -17,6 +17,8 @@ from moe_runtime.cli.prompts import OWN_PROMPTS, check_output, read_prompts
 from moe_runtime.errors import ConfigError, MoeRuntimeError, RequestError
 from moe_runtime.launch.compose import Composed, compose
 from moe_runtime.launch.env import TorchrunEnv
+from moe_runtime.launch.graphs import graphs_mode
+from moe_runtime.launch.kernels import kernel_report, triton_state
 from moe_runtime.launch.placing import expert_placement, num_dispatched_shared
 from moe_runtime.launch.sizing import (
     cache_size,
@@ -24,6 +26,7 @@ from moe_runtime.launch.sizing import (
     dispatch_bytes,
     expert_dtype,
     format_bytes,
+    kept_weights,
     max_model_len,
     max_num_seqs,
     process_bytes,
@@ -92,6 +95,7 @@ def _report(console: Console, composed: Composed) -> None:
     _show_experts(console, composed, placement)
     _show_bytes(console, composed, placement)
     _show_dispatch(console, composed, placement)
+    _show_kernels(console, composed)
 
 
 def _show_topology(console: Console, composed: Composed) -> None:
@@ -160,7 +164,7 @@ def _show_experts(console: Console, composed: Composed, placement: ExpertPlaceme
 
 def _show_bytes(console: Console, composed: Composed, placement: ExpertPlacement) -> None:
     config, model = composed.config, composed.model
-    dtype = compute_dtype(config, model)
+    dtype, kept = compute_dtype(config, model), kept_weights(config, model)
     weights = weight_bytes(
         model,
         composed.topology.mesh(),
@@ -169,14 +173,23 @@ def _show_bytes(console: Console, composed: Composed, placement: ExpertPlacement
         itemsize=dtype.itemsize,
         expert_itemsize=expert_dtype(config, model).itemsize,
         batch_invariant=config.engine.batch_invariant,
+        kept=kept,
     )
     rows = [(part.name.replace("_", " "), format_bytes(getattr(weights, part.name))) for part in fields(weights)]
-    rows.append(
-        ("weights in all", f"{format_bytes(weights.total)} as {_dtype_names(dtype, expert_dtype(config, model))}")
-    )
+    names = _dtype_names(dtype, expert_dtype(config, model))
+    held = f"as {names}" if not kept.parts else f"in FP8 as stored, with scales, else as {names}"
+    rows.append(("weights in all", f"{format_bytes(weights.total)} {held}"))
+    if kept.notice is not None:
+        rows.append(("FP8 weights", kept.notice))
     virtual = composed.has_weights and config.launcher == "virtual"
     try:
-        cache = cache_size(config.engine, model, itemsize=dtype.itemsize, ranks_in_process=config.ep if virtual else 1)
+        cache = cache_size(
+            config.engine,
+            model,
+            itemsize=dtype.itemsize,
+            ranks_in_process=config.ep if virtual else 1,
+            device=config.device,
+        )
     except ConfigError:
         console.pairs("bytes of rank 0", rows)
         return  # among the problems
@@ -216,7 +229,31 @@ def _show_dispatch(console: Console, composed: Composed, placement: ExpertPlacem
                 f"{mine} tokens per rank: up to {need} received at worst, in {count(-(-mine // chunk), 'chunk')}",
             )
         )
+    rows.append(("graphs", _graphs(composed)))
     console.pairs("dispatch", rows)
+
+
+def _graphs(composed: Composed) -> str:
+    try:
+        found = graphs_mode(composed.config, composed.model)
+    except ConfigError:
+        return "asked for, impossible: see below"
+    sizes = f": {', '.join(map(str, found.sizes))}" if found.sizes else ""
+    return f"{found.mode}: {found.reason}{sizes}"
+
+
+def _show_kernels(console: Console, composed: Composed) -> None:
+    config, rows = composed.config, []
+    try:
+        report = kernel_report(config, composed.model)
+    except ConfigError:
+        return  # among the problems
+    if config.device == "cuda":
+        rows.append(("device", triton_state(config)))
+    for served in report:
+        first, *more = served.why.split("; ")
+        rows += [(served.op, f"{served.backend}: {first}"), *(("", text) for text in more)]
+    console.pairs("kernels", rows)
 
 
 def _show_software(console: Console, composed: Composed) -> None:

@@ -21,6 +21,8 @@ from moe_runtime.cli.prompts import OWN_PROMPTS, Prompt, check_output, own_promp
 from moe_runtime.engine.request import CompletionOutput, PositionLogprobs, RequestOutput, SamplingParams
 from moe_runtime.launch.build import LoadProgress, OnProgress
 from moe_runtime.launch.compose import Composed
+from moe_runtime.launch.graphs import graphs_mode
+from moe_runtime.launch.kernels import kernel_line
 from moe_runtime.launch.meeting import Meeting
 from moe_runtime.launch.sizing import format_bytes
 
@@ -66,13 +68,18 @@ def generate(composed: Composed, *, meeting: Meeting | None = None, console: Con
 @contextmanager
 def _loading(composed: Composed, console: Console) -> Iterator[OnProgress]:
     layers, ranks = composed.model.num_layers, composed.topology.world if composed.topology.launcher == "virtual" else 1
-    with console.progress(f"loading {composed.config.model} on {count(ranks, 'rank')}", ranks * layers) as advance:
+    sizes = graphs_mode(composed.config, composed.model).sizes
+    total = ranks * layers + len(sizes)
+    with console.progress(f"loading {composed.config.model} on {count(ranks, 'rank')}", total) as advance:
         done = 0
 
         def on_progress(progress: LoadProgress) -> None:
             nonlocal done
             done += 1
-            advance(done, f"rank {progress.rank}, {format_bytes(progress.num_bytes)} read")
+            if progress.captured_rows is None:
+                advance(done, f"rank {progress.rank}, {format_bytes(progress.num_bytes)} read")
+            else:
+                advance(done, f"decode step of {progress.captured_rows} rows captured")
 
         yield on_progress
 
@@ -106,6 +113,8 @@ def _show_topology(console: Console, composed: Composed, llm: LLM, load_s: float
         ("dispatch", f"{config.dispatch}, {config.placement.num_redundant_experts} redundant experts"),
         ("loaded", f"in {load_s:.1f} s"),
     ]
+    if config.device == "cuda":
+        rows.append(("kernels", kernel_line(config, model)))
     if llm.notice:
         rows.append(("notice", llm.notice))
     console.pairs("moe_runtime", rows)
@@ -139,6 +148,10 @@ def _show_speed(console: Console, llm: LLM, outputs: Sequence[RequestOutput], el
         rows.append(("first token", f"median {first[len(first) // 2] * 1000:.0f} ms, last {first[-1] * 1000:.0f} ms"))
     if each:
         rows.append(("each further", f"median {each[len(each) // 2] * 1000:.1f} ms"))
+    snapshot = llm.snapshot()
+    if (graphs := snapshot.graphs).captures:
+        eager = count(snapshot.num_eager_decode_steps, "decode step")
+        rows.append(("graphs", f"{graphs.captures} captured, replayed {graphs.replays} times; {eager} without"))
     rows.append(("memory", f"{format_bytes(peak)} at most in this process"))
     console.pairs("speed", rows)
 

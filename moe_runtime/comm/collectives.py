@@ -139,6 +139,15 @@ def _collect(payloads: Sequence[bytes], ranks: Ranks) -> Sequence[tuple[bytes, .
     return [tuple(payloads)] * len(payloads)
 
 
+def _once(payloads: Sequence[tuple[str, Callable[[], None]]], ranks: Ranks) -> Sequence[None]:
+    payloads[0][1]()
+    return [None] * len(payloads)
+
+
+def _once_signature(payload: tuple[str, Callable[[], None]]) -> tuple[object, ...]:
+    return (payload[0],)
+
+
 def _no_signature(payload: object) -> tuple[object, ...]:
     return ()
 
@@ -152,3 +161,4 @@ BARRIER = Op("barrier", _no_signature, _barrier)
 EXCHANGE = Op("exchange", _exchange_signature, _exchange)
 SHARE = Op("share", _share_signature, _share)
 COLLECT = Op("collect", _no_signature, _collect)
+ONCE = Op("once", _once_signature, _once)

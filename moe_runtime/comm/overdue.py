@@ -12,17 +12,24 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch.distributed as dist
 
 from moe_runtime.comm.whereabouts import Whereabouts
 
 
+class Completable(Protocol):
+    """Something under way on the device, such as a `dist.Work`."""
+
+    def is_completed(self) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Running:
     label: str
     ranks: tuple[int, ...]
-    work: dist.Work
+    work: Completable
     began: float
 
 
@@ -38,7 +45,7 @@ class Overdue:
         self._thread = threading.Thread(target=self._watch, name="overdue", daemon=True)
         self._thread.start()
 
-    def add(self, label: str, ranks: Sequence[int], work: dist.Work) -> None:
+    def add(self, label: str, ranks: Sequence[int], work: Completable) -> None:
         self._running.append(_Running(label, tuple(ranks), work, time.monotonic()))
 
     def _watch(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -125,8 +126,8 @@ class TorchCommunicator:
 
     def _start(self, label: str, start: Callable[[], Started]) -> Pending[Tensor]:
         work, finish = self.guarded(label, start)
-        if self._process.overdue is not None:
-            self._process.overdue.add(label, self.ranks, work)
+        if self._process.overdue is not None and not torch.cuda.is_current_stream_capturing():
+            self._process.overdue.add(label, self.ranks, work)  # a captured operation is not under way
         return Begun(self, label, work, finish)
 
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Dispatch by all-gather, combine by reduce-scatter: fixed sizes, every token to every rank.
 
 T tokens, C capacity, H hidden, K top-k, S = ep ranks, E local slots, R rows of this rank's slots.
+Every rank brings C rows, its missing ones routed nowhere. On Triton a rank then sorts the assignments to its slots in
+room for the worst case, S·C·min(K, E) rows, and the host waits for nothing.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from moe_kernels.permute import unpermute
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -36,13 +39,30 @@ class AllGatherHandle:
     position: Tensor | None
 
 
-class AllGatherDispatcher:
-    """`Dispatcher[AllGatherHandle]` over any communicator; each rank sums its own slots' share in fp32."""
+@dataclass(frozen=True, slots=True)
+class SortedHandle:
+    """Of a dispatch that stayed on the device."""
 
-    def __init__(self, ep: Communicator, rows: RowLayout) -> None:
+    row_of: Tensor
+    """[S*C, min(K, E)] int64: row of each assignment of the gathered tokens, -1 where it is not to this rank."""
+    weights: Tensor
+    """[S*C, min(K, E)] fp32."""
+    num_tokens: int
+    position: None = None
+
+
+Handle = AllGatherHandle | SortedHandle
+
+
+class AllGatherDispatcher:
+    """`Dispatcher[Handle]` over any communicator; each rank sums its own slots' share in fp32."""
+
+    def __init__(self, ep: Communicator, rows: RowLayout, *, device: torch.device | str = "cpu") -> None:
         """`rows`: those of each rank."""
         self._ep = ep
         self._rows = rows
+        self._first = torch.tensor([ep.rank * rows.num_slots], device=device)
+        self._stays = rows.stays_on(self._first.device)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -50,14 +70,12 @@ class AllGatherDispatcher:
             sums_at_home=False,
             tolerance=TOLERANCE,
             layouts=tuple(Layout),
-            counts_on_host=True,
-            graph_safe=False,
+            counts_on_host=not self._stays,
+            graph_safe=self._stays,
             dedups_per_rank=True,
         )
 
-    def dispatch_begin(
-        self, x: Tensor, routing: PhysicalRouting, step: DispatchStep
-    ) -> Pending[tuple[Rows, AllGatherHandle]]:
+    def dispatch_begin(self, x: Tensor, routing: PhysicalRouting, step: DispatchStep) -> Pending[tuple[Rows, Handle]]:
         step.check(x)
         # Slot numbers are below 2^31: ids and weights travel as one int32 tensor [C, 2K].
         meta = torch.cat([routing.expert_ids.to(torch.int32), routing.weights.view(torch.int32)], dim=1)
@@ -66,7 +84,10 @@ class AllGatherDispatcher:
         routes = self._ep.all_gather_begin(pad(meta, (0, 0, 0, missing), value=NOWHERE) if missing else meta)
         return _Gathering(self, tokens, routes, step.capacity, x.shape[0])
 
-    def combine_begin(self, y: Tensor, handle: AllGatherHandle) -> Pending[Tensor]:
+    def combine_begin(self, y: Tensor, handle: Handle) -> Pending[Tensor]:
+        if isinstance(handle, SortedHandle):
+            partial = unpermute(y, handle.row_of, handle.weights, out_dtype=torch.float32)
+            return _Scattering(self._ep.reduce_scatter_begin(partial), handle.num_tokens, y.dtype)
         terms = wire_order(y, handle.position).float() * handle.weights
         partial = terms.new_zeros(self._ep.size * handle.capacity, y.shape[-1])
         if partial.is_cuda:
@@ -78,8 +99,25 @@ class AllGatherDispatcher:
 
     def close(self) -> None: ...
 
-    def _select(self, tokens: Tensor, routes: Tensor, capacity: int, num_tokens: int) -> tuple[Rows, AllGatherHandle]:
+    def _sort(self, tokens: Tensor, routes: Tensor, num_tokens: int) -> tuple[Rows, Handle]:
+        """The rows of this rank's slots, sorted by slot, then token, on the device."""
+        top_k, num_slots = routes.shape[1] // 2, self._rows.num_slots
+        slots = routes[:, :top_k] - self._first  # int64; other ranks' lie outside 0..E-1
+        weights = routes[:, top_k:].view(torch.float32)
+        if top_k > num_slots:
+            # At most E assignments of a token are to E slots: fewer columns make less room.
+            mine = (slots >= 0) & (slots < num_slots)
+            slots, order = slots.masked_fill_(~mine, NOWHERE).sort(dim=1, descending=True, stable=True)
+            slots, weights = slots[:, :num_slots].contiguous(), weights.gather(1, order[:, :num_slots])
+        # Spread evenly, S·C·K assignments over S·E slots; the room says little of it.
+        mean = max(1, -(-slots.shape[0] * top_k // (self._ep.size * num_slots)))
+        rows, row_of = self._rows.sort(tokens, slots, expected_rows=mean)
+        return rows, SortedHandle(row_of, weights.contiguous(), num_tokens)
+
+    def _select(self, tokens: Tensor, routes: Tensor, capacity: int, num_tokens: int) -> tuple[Rows, Handle]:
         """The rows of this rank's slots, sorted by slot, then token."""
+        if self._stays:
+            return self._sort(tokens, routes, num_tokens)
         top_k, num_slots = routes.shape[1] // 2, self._rows.num_slots
         slots = routes[:, :top_k] - self._ep.rank * num_slots
         mine = ((slots >= 0) & (slots < num_slots)).nonzero()
@@ -111,7 +149,7 @@ class _Gathering:
     capacity: int
     num_tokens: int
 
-    def wait(self) -> tuple[Rows, AllGatherHandle]:
+    def wait(self) -> tuple[Rows, Handle]:
         return self.dispatcher._select(self.tokens.wait(), self.routes.wait(), self.capacity, self.num_tokens)
 
 

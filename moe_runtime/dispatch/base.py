@@ -56,7 +56,8 @@ class GroupedRows:
 
     `data [R, H]`; `psum [E] int32`: end of slot e's rows; slot e+1 starts at `psum[e]` rounded up to `alignment`.
     Rows between the slots and past `psum[-1]` are no one's: a backend may make room for more rows than it receives.
-    `weights [R] fp32`, only where the backend wants them applied before combine.
+    `weights [R] fp32`, only where the backend wants them applied before combine. `expected_rows`: the mean per slot,
+    where R says little of it; it may choose tiles, never results.
     """
 
     data: Tensor
@@ -64,16 +65,21 @@ class GroupedRows:
     alignment: int = 1
     scales: Tensor | None = None
     weights: Tensor | None = None
+    expected_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PaddedRows:
-    """`data [E, C, H]`, of which the first `counts[e]` (`counts [E] int32`) rows are real (decode)."""
+    """`data [E, C, H]`, of which the first `counts[e]` (`counts [E] int32`) rows are real (decode).
+
+    `weights [E, C] fp32` and `expected_rows` as in GroupedRows; `scales [E, C, ceil(H/128)] fp32` where data is fp8.
+    """
 
     data: Tensor
     counts: Tensor
     scales: Tensor | None = None
     weights: Tensor | None = None
+    expected_rows: int | None = None
 
 
 Rows = GroupedRows | PaddedRows

@@ -30,8 +30,14 @@ def make_dispatcher(
         case "all_gather":
             from moe_runtime.dispatch.all_gather import AllGatherDispatcher
 
-            return AllGatherDispatcher(ep, rows)
+            return AllGatherDispatcher(ep, rows, device=device)
     raise _unknown(name)
+
+
+def graph_safe(name: str, *, rows: RowLayout, device: torch.device) -> bool:
+    """Whether this dispatcher's decode steps can be captured as CUDA graphs: its `Capabilities.graph_safe`, known
+    without one."""
+    return name in ("local", "all_gather") and rows.stays_on(device)
 
 
 def receive_bytes(name: str, *, ep: int, rows: RowLayout, tokens: int, hidden: int, itemsize: int, top_k: int) -> int:

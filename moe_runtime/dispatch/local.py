@@ -30,15 +30,26 @@ class LocalDispatcher:
             raise ConfigError(f"dispatch=local with ep={ep}: local needs ep=1. Use dispatch=all_to_all or set ep=1.")
         self._rows = rows
         self._bounds = torch.arange(rows.num_slots + 1, device=device)
+        self._stays = rows.stays_on(self._bounds.device)
 
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            sums_at_home=True, tolerance=0.0, layouts=tuple(Layout), counts_on_host=True, graph_safe=False
+            sums_at_home=True,
+            tolerance=0.0,
+            layouts=tuple(Layout),
+            counts_on_host=not self._stays,
+            graph_safe=self._stays,
         )
 
     def dispatch_begin(self, x: Tensor, routing: PhysicalRouting, step: DispatchStep) -> Done[tuple[Rows, LocalHandle]]:
         step.check(x)
+        if self._stays:
+            rows, row_of = self._rows.sort(x, routing.expert_ids)
+            return Done((rows, LocalHandle(row_of, routing.weights, None)))
+        return self._with_host_counts(x, routing)
+
+    def _with_host_counts(self, x: Tensor, routing: PhysicalRouting) -> Done[tuple[Rows, LocalHandle]]:
         order = send_order(routing.expert_ids, self._bounds)
         wire = x.index_select(0, order.token_of)
         rows, position = self._rows.lay_out(wire, order.counts.unsqueeze(0))

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from moe_kernels import backends
+from moe_kernels.permute import permute
 from torch import Tensor
 
 from moe_runtime.dispatch.base import GroupedRows, Layout, PaddedRows, Rows
@@ -47,16 +49,35 @@ def send_order(expert_ids: Tensor, slot_bounds: Tensor) -> SendOrder:
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
-    """How a rank lays out the rows of its `num_slots` slots; grouped, a slot starts at a multiple of `alignment`."""
+    """How a rank lays out the rows of its `num_slots` slots; grouped, a slot starts at a multiple of `alignment`.
+
+    `quantize`: the experts multiply in fp8, so bf16 rows that are sorted by a kernel become fp8 on the way (the experts
+    would do it to the same bytes, but for all the room there is).
+    """
 
     num_slots: int
     layout: Layout = Layout.GROUPED
     alignment: int = 1
+    quantize: bool = False
 
     @property
     def dense(self) -> bool:
         """Whether slot follows slot without a gap."""
         return self.layout is Layout.GROUPED and self.alignment == 1
+
+    def stays_on(self, device: torch.device) -> bool:
+        """Whether rows are sorted without the host's knowledge of their number, in room for the worst case: grouped
+        rows on Triton. A padded layout with room for the worst case would hold as many tokens for every slot."""
+        return self.layout is Layout.GROUPED and backends.default_backend(device) == "triton"
+
+    def sort(self, x: Tensor, slots: Tensor, *, expected_rows: int | None = None) -> tuple[GroupedRows, Tensor]:
+        """Where rows stay on the device: `x [T, H]` to `slots [T, K] int64` of this rank (others go nowhere), and the
+        row of each assignment, `[T, K] int64`, -1 for none."""
+        quantize = self.quantize and x.dtype is torch.bfloat16
+        layout = "mn" if quantize else "row"
+        found = permute(x, slots, self.num_slots, alignment=self.alignment, quantize=quantize, scale_layout=layout)
+        rows = GroupedRows(found.data, found.psum, self.alignment, scales=found.scale, expected_rows=expected_rows)
+        return rows, found.row_of
 
     def lay_out(self, wire: Tensor, counts: Tensor) -> tuple[Rows, Tensor | None]:
         """`wire [R, H]` in `counts [S, E] int64` blocks -> rows in this layout, and where each wire row went.

@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_runtime.balance.load import LoadRecorder
 from moe_runtime.comm.base import Groups
 from moe_runtime.dispatch.base import Phase
+from moe_runtime.engine.graphs import NO_GRAPHS, GraphCounts, RankGraphs
 from moe_runtime.engine.lockstep import AgreedStep, LockstepLimits, Wish, agree
 from moe_runtime.engine.messages import GroupCommands, TokenResult, decode_results, encode_results
 from moe_runtime.engine.plan import StepPlan
@@ -27,7 +28,7 @@ from moe_runtime.engine.sequence import SequenceState
 from moe_runtime.errors import CommunicationError
 
 _PHASES = tuple(Phase)
-_HEADER = 7
+_HEADER = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class StepReport:
     groups: tuple[SchedulerStats, ...]
     """Per DP group, when the step was planned"""
     load: LoadReport | None = None
+    graphs: GraphCounts = NO_GRAPHS
+    """Of world rank 0's process"""
 
 
 class Owner(Protocol):
@@ -71,16 +74,27 @@ class Leader:
 
 @dataclass(slots=True)
 class RankEngine:
-    """One rank: `serve` runs steps until the owner stops."""
+    """One rank: `serve` runs steps until the owner stops. `graphs`: where decode steps are captured."""
 
     groups: Groups
     runner: Runner
     recorder: LoadRecorder
     limits: LockstepLimits
     leader: Leader | None
+    graphs: RankGraphs | None = None
     _step: int = 0
     _idle: bool = True
     _groups: tuple[SchedulerStats, ...] = ()
+
+    def prepare(self) -> None:
+        """Before `serve`, on all ranks: capture the decode steps that are to run as graphs."""
+        if self.graphs is not None:
+            self.graphs.capture()
+
+    def close(self) -> None:
+        """Release what was captured, before the communicators go. Idempotent."""
+        if self.graphs is not None:
+            self.graphs.close()
 
     def serve(self) -> None:
         """Steps until the owner says stop."""
@@ -102,7 +116,9 @@ class RankEngine:
             self.groups.tp.share(_encode(step, plan, commands), 0)
         results: list[TokenResult] = []
         if step.phase is not Phase.IDLE:
-            logits = self.runner.run(plan, step)
+            runner = self.graphs if step.graph else self.runner
+            assert runner is not None, "only captured sizes are agreed on as graphs"
+            logits = runner.run(plan, step)
             if self.leader is not None:
                 results = self._sample(self.leader, plan, logits)
         load = self._load() if commands.report else None
@@ -145,7 +161,7 @@ class RankEngine:
 
     def _group_step(self, agreed: AgreedStep) -> GroupStep:
         padded = agreed.padded_tokens[self.groups.dp.rank]
-        return GroupStep(agreed.phase, padded, agreed.capacity, agreed.num_chunks, agreed.chunk_tokens)
+        return GroupStep(agreed.phase, padded, agreed.capacity, agreed.num_chunks, agreed.chunk_tokens, agreed.graph)
 
     # Sample and commit
 
@@ -209,7 +225,8 @@ class RankEngine:
             if leader.owner is not None:
                 everybody = [result for payload in payloads for result in decode_results(payload)]
         if leader.owner is not None:
-            leader.owner.report(StepReport(everybody, agreed, self._groups, load))
+            graphs = NO_GRAPHS if self.graphs is None else self.graphs.counts
+            leader.owner.report(StepReport(everybody, agreed, self._groups, load, graphs))
 
 
 def _encode(step: GroupStep, plan: StepPlan, commands: GroupCommands) -> bytes:
@@ -221,6 +238,7 @@ def _encode(step: GroupStep, plan: StepPlan, commands: GroupCommands) -> bytes:
         step.capacity,
         step.num_chunks,
         step.chunk_tokens,
+        int(step.graph),
     ]
     return np.array(header + plan.to_ints(), dtype=np.int64).tobytes()
 
@@ -231,7 +249,8 @@ def _decode(payload: bytes) -> tuple[list[int], StepPlan]:
 
 
 def _group_step(header: Sequence[int]) -> GroupStep:
-    return GroupStep(_PHASES[header[2]], *header[3:])
+    padded, capacity, num_chunks, chunk_tokens, graph = header[3:]
+    return GroupStep(_PHASES[header[2]], padded, capacity, num_chunks, chunk_tokens, bool(graph))
 
 
 def _split_rows(plan: StepPlan) -> tuple[list[tuple[int, int, int, int]], list[int]]:

@@ -20,7 +20,7 @@ class Padding(StrEnum):
     """How many token rows a DP group runs."""
 
     AUTO = "auto"
-    """MAX in pure decode steps where they are captured as graphs, else OWN."""
+    """OWN, but a decode step that runs as a captured graph has that graph's size in every group."""
     MAX = "max"
     """Every group as many as the largest."""
     OWN = "own"
@@ -43,6 +43,8 @@ class Wish(NamedTuple):
 class LockstepLimits:
     """What `agree` needs besides the wishes, equal on all ranks.
 
+    `graph_sizes`: rows per DP group, ascending multiples of tp, of the decode steps that are captured as graphs.
+
     `receive_bytes_per_token`: worst case that a rank receives in one dispatch, per token that each rank sends;
     `receive_bytes_cap` (None = no cap) is engine.dispatch_buffer_bytes. `max_capacity`: the dispatcher's own limit on
     tokens per rank. ConfigError where not even one token per rank fits.
@@ -50,7 +52,7 @@ class LockstepLimits:
 
     tp: int = 1
     padding: Padding = Padding.AUTO
-    captures_graphs: bool = False
+    graph_sizes: tuple[int, ...] = ()
     receive_bytes_per_token: int = 0
     receive_bytes_cap: int | None = None
     max_capacity: int | None = None
@@ -58,6 +60,8 @@ class LockstepLimits:
     def __post_init__(self) -> None:
         if self.tp < 1 or (self.max_capacity is not None and self.max_capacity < 1):
             raise ConfigError(f"tp={self.tp}, max_capacity={self.max_capacity}: both must be at least 1")
+        assert list(self.graph_sizes) == sorted(set(self.graph_sizes)), f"graph sizes ascend: {self.graph_sizes}"
+        assert not any(size % self.tp for size in self.graph_sizes), f"multiples of {self.tp}: {self.graph_sizes}"
         if self.receive_bytes_cap is not None and self.receive_bytes_per_token > self.receive_bytes_cap:
             raise ConfigError(
                 f"engine.dispatch_buffer_bytes={self.receive_bytes_cap}: one token per rank already needs "
@@ -74,6 +78,19 @@ class LockstepLimits:
             limit = min(limit, self.max_capacity)
         return max(limit, 1)
 
+    @property
+    def captured_sizes(self) -> tuple[int, ...]:
+        """Those of `graph_sizes` that fit into one dispatch: a step of several turns runs eagerly."""
+        return tuple([size for size in self.graph_sizes if self._in_one_turn(size)])
+
+    def graph_size(self, most_tokens: int) -> int | None:
+        """The captured size for a decode step whose largest group has so many tokens; None: the step runs eagerly."""
+        size = next((size for size in self.graph_sizes if size >= most_tokens), None)
+        return size if size is not None and self._in_one_turn(size) else None
+
+    def _in_one_turn(self, rows: int) -> bool:
+        return self.chunk_limit(rows // self.tp) == rows // self.tp
+
 
 @dataclass(frozen=True, slots=True)
 class AgreedStep:
@@ -81,7 +98,8 @@ class AgreedStep:
 
     `padded_tokens`: rows per DP group, multiples of tp. `capacity`: the most tokens with which a rank enters the MoE
     layer, which it takes in `num_chunks` turns of at most `chunk_tokens`. `idle`: groups without real tokens; they run
-    the same code. `outstanding`: the wishes', per group.
+    the same code. `outstanding`: the wishes', per group. `graph`: the step is one that all ranks have captured; every
+    group has equal rows.
     """
 
     step: int
@@ -93,6 +111,7 @@ class AgreedStep:
     idle: tuple[int, ...]
     num_tokens: int
     outstanding: tuple[int, ...]
+    graph: bool = False
 
 
 def agree(wishes: Sequence[Sequence[int]], *, limits: LockstepLimits) -> AgreedStep:
@@ -112,7 +131,8 @@ def agree(wishes: Sequence[Sequence[int]], *, limits: LockstepLimits) -> AgreedS
         phase = Phase.DECODE
     else:
         phase = Phase.MIXED
-    padded = _pad(tokens, phase, limits)
+    size = limits.graph_size(max(tokens)) if limits.graph_sizes and phase is Phase.DECODE else None
+    padded = _pad(tokens, limits) if size is None else (size,) * len(tokens)
     capacity = max(padded) // limits.tp
     chunk_tokens = limits.chunk_limit(capacity)
     num_chunks = -(-capacity // chunk_tokens)
@@ -129,19 +149,33 @@ def agree(wishes: Sequence[Sequence[int]], *, limits: LockstepLimits) -> AgreedS
         idle=tuple([group for group, count in enumerate(tokens) if not count]) if 0 in tokens else (),
         num_tokens=total,
         outstanding=outstanding,
+        graph=size is not None,
     )
 
 
-def _pad(tokens: tuple[int, ...], phase: Phase, limits: LockstepLimits) -> tuple[int, ...]:
+def default_graph_sizes(most: int) -> tuple[int, ...]:
+    """1, 2, 4, then every 8 up to 256 and every 16 beyond, up to the first that holds `most` rows; so at most 15 rows
+    of a captured step are padding (the sizes that vLLM and SGLang capture)."""
+    steps = [1, 2, 4, *range(8, 257, 8), *range(272, most + 16, 16)]
+    return graph_sizes(steps, most=most, tp=1)
+
+
+def graph_sizes(wanted: Sequence[int], *, most: int, tp: int) -> tuple[int, ...]:
+    """`wanted` rows per DP group, rounded up to multiples of `tp`, ascending, without those that no step of up to
+    `most` tokens would take. ConfigError where one is below 1 or none is left."""
+    if not wanted or min(wanted) < 1:
+        raise ConfigError(
+            f"engine.cuda_graph_sizes={list(wanted)}: give rows of a DP group, each at least 1, e.g. [1,2,4,8]; "
+            "engine.cuda_graphs=off captures none"
+        )
+    sizes = sorted({-(-size // tp) * tp for size in wanted})
+    enough = [size for size in sizes if size >= most]
+    return tuple([size for size in sizes if size < most] + enough[:1])
+
+
+def _pad(tokens: tuple[int, ...], limits: LockstepLimits) -> tuple[int, ...]:
     tp = limits.tp
-    match limits.padding:
-        case Padding.OWN:
-            to_max = False
-        case Padding.MAX:
-            to_max = True
-        case Padding.AUTO:
-            to_max = limits.captures_graphs and phase is Phase.DECODE
-    if to_max:
+    if limits.padding is Padding.MAX:
         return (-(-max(tokens) // tp) * tp,) * len(tokens)
     return tokens if tp == 1 else tuple([-(-count // tp) * tp for count in tokens])
 

@@ -14,6 +14,7 @@ import torch
 from moe_runtime.dispatch.base import Phase
 from moe_runtime.engine.detokenizer import TokenDecoder
 from moe_runtime.engine.engine import LoadReport, StepReport
+from moe_runtime.engine.graphs import NO_GRAPHS, GraphCounts
 from moe_runtime.engine.handle import Completion, Deliver, RequestHandle, engine_failed, wait_for
 from moe_runtime.engine.lockstep import GroupBalancer
 from moe_runtime.engine.messages import Commands
@@ -128,6 +129,8 @@ class RequestOwner:
                 busy_s=counts.busy_s,
                 last_step_s=counts.last_step_s,
                 output_tokens_per_s=self._rate.per_second(now),
+                graphs=counts.graphs,
+                num_eager_decode_steps=counts.eager_decode_steps,
             )
 
     @property
@@ -271,6 +274,8 @@ class RequestOwner:
         counts.phase = step.agreed.phase
         counts.groups = step.groups
         counts.output_tokens += tokens
+        counts.graphs = step.graphs
+        counts.eager_decode_steps += step.agreed.phase is Phase.DECODE and not step.agreed.graph
         if step.agreed.num_tokens:
             counts.last_step_s = now - began
             counts.busy_s += counts.last_step_s
@@ -287,3 +292,5 @@ class _Counts:
     output_tokens: int = 0
     busy_s: float = 0.0
     last_step_s: float = 0.0
+    graphs: GraphCounts = NO_GRAPHS
+    eager_decode_steps: int = 0

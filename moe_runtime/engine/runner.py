@@ -42,6 +42,8 @@ class GroupStep:
     capacity: int
     num_chunks: int
     chunk_tokens: int
+    graph: bool = False
+    """All ranks have captured a step of so many rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class Runner:
     tp_rank: int
     one_form: bool
     device: torch.device
+    num_heads: int
+    """of this rank: the decode kernel cuts sequences by it"""
 
     def run(self, plan: StepPlan, step: GroupStep) -> Tensor:
         """`logits [S, V] fp32` of the rows that the plan's chunks ask for, in the plan's order."""
@@ -92,8 +96,16 @@ class Runner:
     def _absorbed(self, table: IntArray, sequence: IntArray, positions: IntArray, count: int) -> AbsorbedTokens | None:
         if not count:
             return None
-        pages, lens = self._tensor(table[sequence[:count]]), self._tensor(positions[:count] + 1)
-        plan = plan_absorbed(pages, lens, page_size=self.cache.page_size, batch_invariant=self.one_form)
+        lengths = positions[:count] + 1
+        pages, lens = self._tensor(table[sequence[:count]]), self._tensor(lengths)
+        plan = plan_absorbed(
+            pages,
+            lens,
+            page_size=self.cache.page_size,
+            batch_invariant=self.one_form,
+            lengths=lengths.tolist(),
+            num_heads=self.num_heads,
+        )
         return AbsorbedTokens(count, pages, lens, plan)
 
     def _expanded(self, chunks: Sequence[SequenceChunk], table: IntArray) -> tuple[ExpandedChunk, ...]:
@@ -119,7 +131,10 @@ class Runner:
         return tuple(found)
 
     def _tensor(self, values: IntArray) -> Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(values)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()  # a copy from pageable memory would wait for the device
+        return tensor.to(self.device, non_blocking=True)
 
 
 def _positions(chunks: Sequence[SequenceChunk], num_tokens: int) -> IntArray:

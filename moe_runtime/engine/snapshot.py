@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_runtime.dispatch.base import Phase
+from moe_runtime.engine.graphs import GraphCounts
 from moe_runtime.engine.scheduler import SchedulerStats
 from moe_runtime.parallel.mesh import ProcessMesh
 
@@ -43,6 +44,10 @@ class EngineSnapshot:
     """Of the last step that ran the model"""
     output_tokens_per_s: float
     """Over the last RATE_WINDOW_S seconds of work"""
+    graphs: GraphCounts
+    """CUDA graphs of world rank 0's process, when the last step ended"""
+    num_eager_decode_steps: int
+    """Decode steps that ran without one"""
 
     @property
     def prefix_hit_rate(self) -> float:

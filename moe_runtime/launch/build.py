@@ -17,10 +17,11 @@ from moe_runtime.cache.latent import LatentKVCache
 from moe_runtime.cache.pages import PagePool
 from moe_runtime.comm.base import Groups
 from moe_runtime.config import RuntimeConfig
+from moe_runtime.dispatch.base import Capabilities
 from moe_runtime.dispatch.factory import make_dispatcher
 from moe_runtime.dispatch.rows import RowLayout
 from moe_runtime.engine.engine import Leader, Owner, RankEngine
-from moe_runtime.engine.lockstep import LockstepLimits, Padding
+from moe_runtime.engine.graphs import ProcessGraphs, RankGraphs
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.runner import Runner
 from moe_runtime.engine.sampler import Sampler
@@ -29,13 +30,14 @@ from moe_runtime.engine.sequence import SchedulerLimits, check_request
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.compose import Composed
 from moe_runtime.launch.device import process_device
+from moe_runtime.launch.graphs import Capture, lockstep_limits, process_graphs
 from moe_runtime.launch.placing import expert_placement, num_logical_experts
 from moe_runtime.launch.sizing import (
     CacheSize,
     cache_size,
     compute_dtype,
-    dispatch_bytes,
     expert_dtype,
+    kept_weights,
     max_model_len,
     max_num_seqs,
 )
@@ -49,11 +51,15 @@ from moe_runtime.parallel.replicas import ReplicaChoice
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """One rank's layer is loaded; `num_bytes`: read from the checkpoint by this process so far."""
+    """One rank's layer is loaded; `num_bytes`: read from the checkpoint by this process so far.
+
+    `captured_rows`: all layers are, and a decode step of so many rows was captured as a graph.
+    """
 
     rank: int
     layer: int
     num_bytes: int
+    captured_rows: int | None = None
 
 
 OnProgress = Callable[[LoadProgress], None]
@@ -61,7 +67,7 @@ OnProgress = Callable[[LoadProgress], None]
 
 @dataclass(frozen=True, slots=True)
 class ProcessParts:
-    """What the ranks of one process share. `notice`: what loading passed over, one line, or None."""
+    """What the ranks of one process share. `notice`: what loading passes over or dequantises, one line, or None."""
 
     config: RuntimeConfig
     model: ModelConfig
@@ -92,12 +98,19 @@ class ProcessParts:
         placement = expert_placement(config, model)
         checkpoint = Checkpoint.open(composed.model_path)
         specs = tensor_specs(model)
-        notice = check_tensors(checkpoint, specs, skipped=partial(is_mtp_tensor, model))
+        skipped = check_tensors(checkpoint, specs, skipped=partial(is_mtp_tensor, model))
+        notice = "; ".join(filter(None, (skipped, kept_weights(config, model).notice))) or None
         count = _ByteCount()
         source = CheckpointSource(
             checkpoint, {spec.name: spec for spec in specs}, dtype=dtype, device=device, on_read=count.add
         )
-        size = cache_size(config.engine, model, itemsize=dtype.itemsize, ranks_in_process=ranks_in_process)
+        size = cache_size(
+            config.engine,
+            model,
+            itemsize=dtype.itemsize,
+            ranks_in_process=ranks_in_process,
+            device=config.device,
+        )
         return cls(
             config, model, composed.model_path, source, placement, size, dtype, device, notice, lambda: count.total
         )
@@ -132,13 +145,17 @@ def build_engine(
     groups: Groups,
     *,
     owner: Owner | None,
+    capture: Capture | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> RankEngine:
-    """The engine of one rank, its weights loaded; `owner` on world rank 0. No communication takes place."""
+    """The engine of one rank, its weights loaded; `owner` on world rank 0. No communication takes place.
+
+    `capture`: where decode steps run as graphs (`capture_graphs`); `RankEngine.prepare` captures them.
+    """
     config, model, engine = parts.config, parts.model, parts.config.engine
     logical = num_logical_experts(config, model)
     recorder = LoadRecorder(len(model.moe_layers), logical, device=parts.device)
-    rows = RowLayout(parts.placement.num_local)
+    rows = RowLayout(parts.placement.num_local, quantize="experts" in kept_weights(config, model).parts)
     dispatcher = make_dispatcher(config.dispatch, groups.ep, rows=rows, device=parts.device)
     choice = ReplicaChoice(config.placement.replica_choice)
     assembly = Assembly(
@@ -156,6 +173,7 @@ def build_engine(
         batch_invariant=engine.batch_invariant,
         expert_dtype=expert_dtype(config, model),
         max_model_len=max_model_len(engine, model),
+        kept_fp8=kept_weights(config, model),
     )
     weights = assembly.build(lambda layer: on_progress(LoadProgress(mesh.rank, layer, parts.num_read_bytes())))
     cache = LatentKVCache.zeros(
@@ -166,22 +184,41 @@ def build_engine(
         dtype=parts.dtype,
         device=parts.device,
     )
-    one_token = dispatch_bytes(
-        config, model, num_local_slots=parts.placement.num_local, tokens=1, itemsize=parts.dtype.itemsize
-    )
+    heads = model.num_heads // mesh.tp
+    runner = Runner(weights, cache, mesh.tp, mesh.tp_rank, engine.batch_invariant, parts.device, heads)
     return RankEngine(
         groups=groups,
-        runner=Runner(weights, cache, mesh.tp, mesh.tp_rank, engine.batch_invariant, parts.device),
+        runner=runner,
         recorder=recorder,
-        limits=LockstepLimits(
-            tp=mesh.tp,
-            padding=Padding(engine.padding),
-            receive_bytes_per_token=one_token,
-            receive_bytes_cap=engine.dispatch_buffer_bytes,
+        limits=lockstep_limits(
+            config,
+            model,
+            graphs=capture is not None,
+            num_slots=parts.placement.num_local,
             max_capacity=dispatcher.capabilities.max_capacity,
         ),
         leader=_leader(parts, owner) if mesh.tp_rank == 0 else None,
+        graphs=_graphs(parts, capture, runner, dispatcher.capabilities, samples=mesh.tp_rank == 0),
     )
+
+
+def capture_graphs(parts: ProcessParts, rank: int, on_progress: OnProgress) -> ProcessGraphs | None:
+    """What captures this process's decode steps, told to `on_progress` as `rank`; None where they run without."""
+
+    def on_captured(rows: int) -> None:
+        on_progress(LoadProgress(rank, parts.model.num_layers, parts.num_read_bytes(), rows))
+
+    return process_graphs(parts.config, parts.model, parts.device, on_captured)
+
+
+def _graphs(
+    parts: ProcessParts, capture: Capture | None, runner: Runner, capabilities: Capabilities, *, samples: bool
+) -> RankGraphs | None:
+    if capture is None:
+        return None
+    assert capabilities.graph_safe, f"dispatch={parts.config.dispatch} is captured, though it is not graph-safe"
+    length = max_model_len(parts.config.engine, parts.model)
+    return RankGraphs(capture.process, capture.together, runner, max_model_len=length, keeps_logits=samples)
 
 
 def _leader(parts: ProcessParts, owner: Owner | None) -> Leader:

@@ -12,6 +12,7 @@ from moe_models.base import ModelConfig
 from moe_runtime.config import PlacementConfig, RuntimeConfig
 from moe_runtime.engine.request import SamplingParams
 from moe_runtime.errors import ConfigError, RequestError
+from moe_runtime.launch.graphs import graphs_mode
 from moe_runtime.launch.placing import num_dispatched_shared, num_local_slots
 from moe_runtime.launch.sizing import (
     cache_size,
@@ -48,11 +49,20 @@ def conflicts(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -
         yield error
         slots = num_local_slots(replace(config, placement=PlacementConfig()), model)  # to look for further problems
     yield from _memory(config, model, slots, has_weights=has_weights)
+    yield from _graphs(config, model)
 
 
 def _device(config: RuntimeConfig) -> Iterator[ConfigError]:
     if config.device == "cuda" and not torch.cuda.is_available():
         yield ConfigError("device=cuda: this machine or this torch build has no CUDA device. Set device=cpu.")
+
+
+def _graphs(config: RuntimeConfig, model: ModelConfig) -> Iterator[ConfigError]:
+    try:
+        graphs_mode(config, model)
+    except ConfigError as error:
+        if str(error).startswith("engine.cuda_graph"):  # others are problems of their own
+            yield error
 
 
 def _sampling(config: RuntimeConfig) -> Iterator[ConfigError]:
@@ -86,7 +96,7 @@ def _memory(
     # A shape without weights stands for real ranks, whatever launcher would be chosen here.
     ranks = config.ep if has_weights and config.launcher == "virtual" else 1
     try:
-        cache_size(config.engine, model, itemsize=itemsize, ranks_in_process=ranks)
+        cache_size(config.engine, model, itemsize=itemsize, ranks_in_process=ranks, device=config.device)
     except ConfigError as error:
         yield error
         return

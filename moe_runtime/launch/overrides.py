@@ -133,7 +133,7 @@ def _value(key: Key, text: str) -> _Value | None:
     A key of texts may be given as one bare text. None: for Hydra. Raises ConfigError where list and text look alike.
     """
     if text == "null" and (key.is_list or (key.verbatim and key.optional)):
-        return _Value([] if key.is_list else None)
+        return _Value([] if key.is_list and not key.optional else None)
     if key.verbatim:
         return _Value(text)
     if not key.is_list:

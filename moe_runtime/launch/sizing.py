@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
+from moe_kernels import backends
+from moe_kernels.scaled import num_blocks
 from moe_models.base import ModelConfig
+from moe_models.kept_fp8 import KeptFp8, Part, kept_fp8
 
 from moe_runtime.config import EngineConfig, RuntimeConfig
 from moe_runtime.dispatch.factory import receive_bytes
@@ -43,6 +46,12 @@ def expert_dtype(config: RuntimeConfig, model: ModelConfig) -> torch.dtype:
     of the demo model: 0.97 s a step against 1.1); with all experts on one rank bf16 halves the bytes to be moved.
     """
     return torch.bfloat16 if config.dtype == "bfloat16" else compute_dtype(config, model)
+
+
+def kept_weights(config: RuntimeConfig, model: ModelConfig) -> KeptFp8:
+    """Which weights of an FP8 checkpoint stay as they are stored in this run."""
+    keep = config.fp8_weights == "keep" or (config.fp8_weights == "auto" and config.device == "cuda")
+    return kept_fp8(model, keep=keep, tp=config.tp, shared_dispatched=config.shared_experts == "dispatched")
 
 
 def _is_small(model: ModelConfig) -> bool:
@@ -84,22 +93,37 @@ def weight_bytes(
     itemsize: int,
     expert_itemsize: int | None = None,
     batch_invariant: bool = False,
+    kept: KeptFp8 | None = None,
 ) -> WeightBytes:
     """What `mesh.rank` holds. `shared`: "replicated" or "dispatched"; `itemsize` of the compute dtype,
-    `expert_itemsize` of the slots where it differs."""
+    `expert_itemsize` of the slots where it differs; `kept`: what stays in FP8, with the scales of its blocks."""
     hidden, moe_layers = model.hidden_size, len(model.moe_layers)
-    expert = 3 * hidden * model.moe_intermediate_size
-    replicated = model.n_shared_experts if shared == "replicated" else 0
+    width, num_shared = model.moe_intermediate_size, model.n_shared_experts if shared == "replicated" else 0
     bias = model.n_routed_experts if model.topk_method == "noaux_tc" else 0
+    parts = frozenset[Part]() if kept is None else kept.parts
+    attention = _attention_bytes(model, mesh.tp, itemsize, parts, batch_invariant=batch_invariant)
+    expert = _mlp_bytes(hidden, width, expert_itemsize or itemsize, kept="experts" in parts)
+    beside = _mlp_bytes(hidden, num_shared * width, itemsize, kept="shared" in parts)
+    dense = _mlp_bytes(hidden, model.intermediate_size, itemsize, kept="dense" in parts)
     return WeightBytes(
         embedding=_embedding_numbers(model, mesh) * itemsize,
-        attention=model.num_layers * _attention_numbers(model, mesh.tp, batch_invariant=batch_invariant) * itemsize,
+        attention=model.num_layers * attention,
         norms=(2 * model.num_layers + 1) * hidden * itemsize,
-        dense=(model.num_layers - moe_layers) * 3 * hidden * model.intermediate_size * itemsize,
+        dense=(model.num_layers - moe_layers) * dense,
         router=moe_layers * (model.n_routed_experts * hidden + bias) * FP32_BYTES,
-        experts=moe_layers * num_local_slots * expert * (expert_itemsize or itemsize),
-        shared_experts=moe_layers * replicated * expert * itemsize,
+        experts=moe_layers * num_local_slots * expert,
+        shared_experts=moe_layers * beside,
     )
+
+
+def _matrix_bytes(rows: int, columns: int, itemsize: int, *, kept: bool) -> int:
+    return rows * columns + num_blocks(rows) * num_blocks(columns) * FP32_BYTES if kept else rows * columns * itemsize
+
+
+def _mlp_bytes(hidden: int, width: int, itemsize: int, *, kept: bool) -> int:
+    """Gate, up and down; each has blocks of its own."""
+    wide = _matrix_bytes(width, hidden, itemsize, kept=kept)
+    return 2 * wide + _matrix_bytes(hidden, width, itemsize, kept=kept)
 
 
 def _embedding_numbers(model: ModelConfig, mesh: ProcessMesh) -> int:
@@ -108,16 +132,24 @@ def _embedding_numbers(model: ModelConfig, mesh: ProcessMesh) -> int:
     return (last - first + head_rows) * model.hidden_size
 
 
-def _attention_numbers(model: ModelConfig, tp: int, *, batch_invariant: bool) -> int:
+def _attention_bytes(
+    model: ModelConfig, tp: int, itemsize: int, kept: frozenset[Part], *, batch_invariant: bool
+) -> int:
     hidden, heads, latent = model.hidden_size, model.num_heads // tp, model.kv_lora_rank
-    query_rank, query_width = model.q_lora_rank, heads * model.qk_head_dim
-    down_rows = model.latent_dim + (query_rank or 0)
-    numbers = down_rows * hidden + latent + heads * (model.qk_nope_head_dim + model.v_head_dim) * latent
-    numbers += heads * model.v_head_dim * hidden
-    numbers += query_width * hidden if query_rank is None else query_rank + query_width * query_rank
+    rank, head_width = model.q_lora_rank, model.qk_nope_head_dim + model.v_head_dim
+    down_rows = model.latent_dim + (rank or 0)
+    matrices: tuple[tuple[Part, int, int], ...] = (
+        ("down", down_rows, hidden),
+        ("query", heads * model.qk_head_dim, rank or hidden),
+        ("out", hidden, heads * model.v_head_dim),
+    )
+    numbers = latent + (rank or 0) + heads * head_width * latent  # norms, and the up-projections of keys and values
     if batch_invariant:  # the keys' up-projection is held transposed too
         numbers += heads * model.qk_nope_head_dim * latent
-    return numbers + (down_rows + hidden if model.attention_bias else 0)
+    if model.attention_bias:
+        numbers += down_rows + hidden
+    split = sum(_matrix_bytes(rows, columns, itemsize, kept=part in kept) for part, rows, columns in matrices)
+    return split + numbers * itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,24 +179,45 @@ def max_num_seqs(engine: EngineConfig) -> int:
     return min(engine.max_num_seqs, engine.max_num_batched_tokens)
 
 
-def cache_size(engine: EngineConfig, model: ModelConfig, *, itemsize: int, ranks_in_process: int = 1) -> CacheSize:
+def page_size(engine: EngineConfig, *, device: str) -> int:
+    """Tokens per page. The GPU's decode kernel loads blocks of 64 rows, most cheaply from one page.
+
+    Raises ConfigError on a size that this kernel cannot read.
+    """
+    on_kernels = backends.default_backend(torch.device(device)) == "triton"
+    if engine.page_size is None:
+        return 64 if on_kernels else 16
+    size = engine.page_size
+    if on_kernels and size & (size - 1):
+        below = 1 << (size.bit_length() - 1)
+        nearest_size = min(below, 2 * below, key=lambda power: abs(power - size))
+        raise ConfigError(
+            f"engine.page_size={size}: must be a power of two with device={device}, whose kernels read no others. "
+            f"Nearest: engine.page_size={nearest_size}."
+        )
+    return size
+
+
+def cache_size(
+    engine: EngineConfig, model: ModelConfig, *, itemsize: int, ranks_in_process: int = 1, device: str = "cpu"
+) -> CacheSize:
     """Pages of a rank's cache: what `engine.kv_cache_bytes` holds, or where it is null room for `max_num_seqs(engine)`
     sequences of full length, within AUTO_KV_BYTES for the process.
 
-    Raises ConfigError where not even one page fits.
+    Raises ConfigError where not even one page fits, and as `page_size`.
     """
-    per_token = model.num_layers * model.latent_dim * itemsize
-    page = per_token * engine.page_size
+    per_token, size = model.num_layers * model.latent_dim * itemsize, page_size(engine, device=device)
+    page = per_token * size
     budget = engine.kv_cache_bytes
     if budget is None:
-        wanted = -(-max_model_len(engine, model) // engine.page_size) * max_num_seqs(engine) * page
+        wanted = -(-max_model_len(engine, model) // size) * max_num_seqs(engine) * page
         budget = max(page, min(wanted, AUTO_KV_BYTES // ranks_in_process))
     if budget < page:
         raise ConfigError(
-            f"engine.kv_cache_bytes={budget}: one page of {engine.page_size} tokens takes {page} bytes "
+            f"engine.kv_cache_bytes={budget}: one page of {size} tokens takes {page} bytes "
             f"({per_token} a token). Nearest: engine.kv_cache_bytes={page}, or a smaller engine.page_size."
         )
-    return CacheSize(per_token, budget // page, engine.page_size)
+    return CacheSize(per_token, budget // page, size)
 
 
 def rotary_bytes(engine: EngineConfig, model: ModelConfig) -> int:
@@ -200,8 +253,9 @@ def process_bytes(config: RuntimeConfig, model: ModelConfig, *, num_local_slots:
         itemsize=itemsize,
         expert_itemsize=expert_dtype(config, model).itemsize,
         batch_invariant=config.engine.batch_invariant,
+        kept=kept_weights(config, model),
     )
-    cache = cache_size(config.engine, model, itemsize=itemsize, ranks_in_process=ranks)
+    cache = cache_size(config.engine, model, itemsize=itemsize, ranks_in_process=ranks, device=config.device)
     split = weights.embedding + weights.attention
     own = weights.experts + cache.num_bytes
     return weights.total - weights.experts - split + tp * split + ranks * own

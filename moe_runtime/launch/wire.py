@@ -31,8 +31,9 @@ def decode_run(payload: str | bytes) -> Composed:
 
     document = json.loads(payload)
     values = document["config"]
-    for name in ("sampling.stop", "sampling.stop_token_ids"):
-        values[name] = tuple(values[name])
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
     topology = document["topology"] | {"reasons": tuple(document["topology"]["reasons"])}
     path = Path(document["model_path"])
     return Composed(build_config(values), Topology(**topology), load_config(path), path, tuple(document["words"]))

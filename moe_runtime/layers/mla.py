@@ -7,9 +7,11 @@ and output.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from moe_kernels import backends
+from moe_kernels.latent import mla_prepare_
 from moe_kernels.linear import head_linear
 from moe_kernels.mla import mla_absorbed, mla_expanded_batched
 from moe_kernels.norm import rms_norm
@@ -73,14 +75,18 @@ class MLA:
     weights: MLAWeights
     tp: Communicator
     batch_invariant: bool
+    _one_launch: bool = field(init=False)
+    """Queries are rotated and latent rows made and cached by one kernel, which passes over negative cache rows."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_one_launch", backends.default_backend(self.weights.kv_norm.device) == "triton")
 
     def __call__(self, x: Tensor, step: StepInputs, cache: Tensor) -> Tensor:
         """This rank's normed rows `x [N/tp, H]` to `[N/tp, H]`; writes latents to `cache [pages, page, C+R]`."""
         if not step.num_rows:
             return x  # the tp group agrees that it is idle
         group = self.tp.all_gather(x)[: step.num_tokens] if self.tp.size > 1 else x[: step.num_tokens]
-        query, latent = self._project(group, step)
-        cache.view(-1, cache.shape[-1]).index_copy_(0, step.cache_rows, latent.to(cache.dtype))
+        query, latent = self._project(group, step, cache)
         heads = self._attend(query, latent, step, cache)
         partial = self.weights.out(heads.flatten(1))
         padding = step.num_rows - step.num_tokens
@@ -89,8 +95,9 @@ class MLA:
         out = self.tp.reduce_scatter(partial) if self.tp.size > 1 else partial
         return out if self.weights.out_bias is None else out + self.weights.out_bias
 
-    def _project(self, x: Tensor, step: StepInputs) -> tuple[Query, Tensor]:
-        """`x [n, H]` to the rotated query and the latent rows `[n, C+R]`."""
+    def _project(self, x: Tensor, step: StepInputs, cache: Tensor) -> tuple[Query, Tensor | None]:
+        """`x [n, H]` to the rotated query and the latent rows `[n, C+R]`, which are written to the cache; None where
+        nothing else reads them."""
         shape, weights = self.shape, self.weights
         down = weights.down(x)
         if shape.q_lora_rank is None:
@@ -100,6 +107,19 @@ class MLA:
             q = weights.q(rms_norm(down[:, : shape.q_lora_rank], weights.q_norm, shape.eps))
             down = down[:, shape.q_lora_rank :]
         q = q.view(x.shape[0], shape.num_heads, shape.qk_nope_head_dim + shape.qk_rope_head_dim)
+        if self._one_launch:
+            prepared = mla_prepare_(
+                q[..., shape.qk_nope_head_dim :],
+                down,
+                step.cos,
+                step.sin,
+                kv_norm=weights.kv_norm,
+                eps=shape.eps,
+                cache=cache,
+                cache_rows=step.cache_rows,
+                keep_latent=any(chunk.cache_rows is None for chunk in step.expanded),
+            )
+            return (q[..., : shape.qk_nope_head_dim], prepared.query_rope), prepared.latent
         # The key is rotated as one more head, in the same call.
         rotated = apply_rope(
             torch.cat((q[..., shape.qk_nope_head_dim :], down[:, None, shape.kv_lora_rank :]), dim=1),
@@ -107,9 +127,11 @@ class MLA:
             step.sin,
         )
         latent = rms_norm(down[:, : shape.kv_lora_rank], weights.kv_norm, shape.eps)
-        return (q[..., : shape.qk_nope_head_dim], rotated[:, :-1]), torch.cat((latent, rotated[:, -1]), dim=-1)
+        latent = torch.cat((latent, rotated[:, -1]), dim=-1)
+        cache.view(-1, cache.shape[-1]).index_copy_(0, step.cache_rows, latent.to(cache.dtype))
+        return (q[..., : shape.qk_nope_head_dim], rotated[:, :-1]), latent
 
-    def _attend(self, query: Query, latent: Tensor, step: StepInputs, cache: Tensor) -> Tensor:
+    def _attend(self, query: Query, latent: Tensor | None, step: StepInputs, cache: Tensor) -> Tensor:
         """Query and latent rows `[n, C+R]` to `[n, h, Dv]`."""
         parts: list[Tensor] = []
         if step.absorbed is not None:
@@ -117,7 +139,7 @@ class MLA:
         parts.extend(self._expanded(query, latent, chunk, cache) for chunk in step.expanded)
         match len(parts):
             case 0:
-                return latent.new_zeros(0, self.shape.num_heads, self.shape.v_head_dim)
+                return query[0].new_zeros(0, self.shape.num_heads, self.shape.v_head_dim)
             case 1:
                 return parts[0]
             case _:
@@ -137,14 +159,15 @@ class MLA:
         )
         return head_linear(out, self.weights.value_up, batch_invariant=self.batch_invariant)
 
-    def _expanded(self, query: Query, latent: Tensor, chunk: ExpandedChunk, cache: Tensor) -> Tensor:
+    def _expanded(self, query: Query, latent: Tensor | None, chunk: ExpandedChunk, cache: Tensor) -> Tensor:
         num_tokens = chunk.num_sequences * chunk.length
         here = slice(chunk.first, chunk.first + num_tokens)
         rank = self.shape.kv_lora_rank
         if chunk.cache_rows is None:
+            assert latent is not None, "a chunk that is its own context keeps its latent rows"
             context = latent[here].view(chunk.num_sequences, chunk.length, latent.shape[-1])
         else:
-            context = cache.view(-1, cache.shape[-1])[chunk.cache_rows].to(latent.dtype)
+            context = cache.view(-1, cache.shape[-1])[chunk.cache_rows].to(query[0].dtype)
         joined = torch.cat((query[0][here], query[1][here]), dim=-1)
         out = mla_expanded_batched(
             joined.view(chunk.num_sequences, chunk.length, *joined.shape[1:]),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
+from moe_kernels import backends
 from torch import Tensor
 
 from moe_runtime.balance.load import LoadRecorder
 from moe_runtime.dispatch.base import Dispatcher, DispatchStep, Phase
-from moe_runtime.layers.experts import DenseMLP, Experts
+from moe_runtime.layers.experts import MLP, Experts
 from moe_runtime.layers.router import Router
 from moe_runtime.parallel.replicas import ReplicaSelector
 from moe_runtime.types import PhysicalRouting
@@ -23,10 +24,11 @@ H = TypeVar("H")
 class MoEStep:
     """What all ranks of the ep group agreed on: each brings up to `capacity` tokens, in `num_chunks` dispatches.
 
-    `num_real` is this rank's own: its first rows are tokens, the others padding.
+    `num_real` is this rank's own: its first rows are tokens, the others padding. A one-element integer tensor on the
+    device stands for a number that changes while shapes stay (captured graphs).
     """
 
-    num_real: int
+    num_real: int | Tensor
     capacity: int
     chunk_tokens: int
     num_chunks: int
@@ -54,16 +56,19 @@ class MoELayer(Generic[H]):
     selector: ReplicaSelector
     dispatcher: Dispatcher[H]
     experts: Experts
-    shared: DenseMLP | None = None
+    shared: MLP | None = None
     recorder: LoadRecorder | None = None
+    _one_launch: bool = field(init=False)
+    """Experts are chosen, placed and counted by one kernel."""
+
+    def __post_init__(self) -> None:
+        device = self.router.weight.device
+        object.__setattr__(self, "_one_launch", backends.default_backend(device) == "triton")
 
     def __call__(self, x: Tensor, step: MoEStep) -> Tensor:
         """`x [T, H]`, T <= step.capacity, rows from `step.num_real` on padding -> `[T, H]` in x's dtype."""
         assert x.shape[0] <= step.capacity, f"{x.shape[0]} tokens exceed the agreed capacity {step.capacity}"
-        logical = self.router(x, num_real=step.num_real)
-        if self.recorder is not None:
-            self.recorder.record(self.index, logical)
-        routing = self.selector.to_physical(self.index, logical)
+        routing = self._route(x, step.num_real)
         shared: Tensor | None = None
         outputs = []
         for rows, chunk in step.chunks():
@@ -77,6 +82,16 @@ class MoELayer(Generic[H]):
             outputs.append(self.dispatcher.combine_begin(self.experts(received), handle).wait())
         routed = outputs[0] if step.num_chunks == 1 else torch.cat(outputs)
         return routed if shared is None else routed + shared
+
+    def _route(self, x: Tensor, num_real: int | Tensor) -> PhysicalRouting:
+        if self._one_launch or isinstance(num_real, Tensor):
+            counts = None if self.recorder is None else self.recorder.counts_of(self.index)
+            replicas = self.selector.replicas(self.index)
+            return self.router.place(x, num_real=num_real, replicas=replicas, counts_=counts)
+        logical = self.router(x, num_real=num_real)
+        if self.recorder is not None:
+            self.recorder.record(self.index, logical)
+        return self.selector.to_physical(self.index, logical)
 
 
 def _rows_of(routing: PhysicalRouting, rows: slice) -> PhysicalRouting:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from moe_kernels.gate import GateRule, gate
+from moe_kernels.gate import GateRule, Replicas, gate, gate_and_place
 from moe_kernels.linear import linear
 from torch import Tensor
 
 from moe_runtime.errors import ConfigError
-from moe_runtime.types import NOWHERE, LogicalRouting
+from moe_runtime.types import NOWHERE, LogicalRouting, PhysicalRouting
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,8 +40,7 @@ class Router:
 
     def __call__(self, x: Tensor, *, num_real: int) -> LogicalRouting:
         """Route `x [T, H]`; rows from `num_real` on are padding: they go nowhere, with weight 0."""
-        logits = linear(x.float(), self.weight, batch_invariant=self.batch_invariant)
-        ids, weights = gate(logits, rule=self.rule, bias=self.bias)
+        ids, weights = gate(self._logits(x), rule=self.rule, bias=self.bias)
         tokens = x.shape[0]
         if self.num_dispatched_shared:
             shared = self._shared_ids.expand(tokens, -1)
@@ -51,3 +50,25 @@ class Router:
             ids[num_real:] = NOWHERE
             weights[num_real:] = 0.0
         return LogicalRouting(ids, weights)
+
+    def place(
+        self, x: Tensor, *, num_real: int | Tensor, replicas: Replicas | None, counts_: Tensor | None
+    ) -> PhysicalRouting:
+        """Route `x [T, H]` to slots, on Triton in one launch after the product (`gate_and_place`).
+
+        `num_real` may be a one-element integer tensor on the device. `replicas`: where the layer's experts are (None:
+        slot = expert). `counts_ [>= E+S] int64` is added to in place: one per assignment of a real token.
+        """
+        placed = gate_and_place(
+            self._logits(x),
+            rule=self.rule,
+            bias=self.bias,
+            num_shared=self.num_dispatched_shared,
+            num_real=num_real,
+            replicas=replicas,
+            counts_=counts_,
+        )
+        return PhysicalRouting(placed.slots, placed.weights)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return linear(x.float(), self.weight, batch_invariant=self.batch_invariant)

@@ -3,6 +3,9 @@
 n real tokens of this rank's DP group, N the same padded to a multiple of tp, D absorbed tokens, G sequences, L cached
 rows. Tokens stand in plan order: absorbed ones first, then expanded chunks. Rank i of a tp group owns rows
 i·N/tp … (i+1)·N/tp of the residual stream, so its real rows are a prefix of its rows.
+
+A decode step of fixed shapes, which the Triton kernels run without a wait of the host, has n = N = D = S: rows of
+padding have token 0, cache row -1 (written nowhere) and length 0 (attention gives zeros); `moe.num_real` is a tensor.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ class StepInputs:
     """[n, rope/2] fp32"""
     sin: Tensor
     cache_rows: Tensor
-    """[n] int64: flat cache row that each token's latent is written to"""
+    """[n] int64: flat cache row that each token's latent is written to; on Triton -1 writes nowhere"""
     absorbed: AbsorbedTokens | None
     expanded: tuple[ExpandedChunk, ...]
     logit_rows: Tensor

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import torch
+from moe_kernels.gate import Replicas
 from torch import Tensor
 
 from moe_runtime.errors import ConfigError
@@ -69,6 +70,15 @@ class ReplicaSelector:
             rotating=tuple(log2phy[i].to(device) if turns and spare[i] else None for i in range(len(spare))),
             replica_counts=_pad_last(placement.logcnt, 1).to(device),
         )
+
+    def replicas(self, layer: int) -> Replicas | None:
+        """What `to_physical` reads, for a kernel that places tokens itself; None where ids pass through."""
+        if self.identity[layer]:
+            return None
+        table = self.rotating[layer]
+        if table is None:
+            return Replicas(self.fixed[layer].unsqueeze(1))
+        return Replicas(table, self.replica_counts[layer], self.ep_rank)
 
     def to_physical(self, layer: int, routing: LogicalRouting) -> PhysicalRouting:
         """Replace logical by physical ids; NOWHERE stays."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,8 @@ from moe_runtime.engine.lockstep import (
     Wish,
     agree,
     choose_group,
+    default_graph_sizes,
+    graph_sizes,
 )
 from moe_runtime.errors import ConfigError
 
@@ -27,11 +31,8 @@ def test_padding_policies() -> None:
     mixed, decode = tokens(5, 0, 2), tokens(5, 0, 2, decode=True)
     own = LockstepLimits(tp=4, padding=Padding.OWN)
     most = LockstepLimits(tp=4, padding=Padding.MAX)
-    auto = LockstepLimits(tp=4, captures_graphs=True)
     assert agree(mixed, limits=own).padded_tokens == (8, 0, 4)
     assert agree(mixed, limits=most).padded_tokens == (8, 8, 8)
-    assert agree(mixed, limits=auto).padded_tokens == (8, 0, 4)
-    assert agree(decode, limits=auto).padded_tokens == (8, 8, 8)
     assert agree(decode, limits=LockstepLimits(tp=4)).padded_tokens == (8, 0, 4)
 
 
@@ -51,6 +52,43 @@ def test_chunks_are_even_and_under_the_cap() -> None:
         LockstepLimits(receive_bytes_per_token=10, receive_bytes_cap=9)
 
 
+def test_decode_steps_take_the_size_of_a_graph() -> None:
+    limits = LockstepLimits(tp=2, graph_sizes=(2, 4, 8), receive_bytes_per_token=10, receive_bytes_cap=30)
+    assert limits.captured_sizes == (2, 4), "8 rows take two turns"
+    step = agree(tokens(3, 0, 1, decode=True), limits=limits)
+    assert (step.padded_tokens, step.graph, step.capacity, step.num_chunks) == ((4, 4, 4), True, 2, 1)
+    assert not agree(tokens(3, 0, 1), limits=limits).graph, "prompts"
+    assert not agree(tokens(0, 0, decode=True), limits=limits).graph, "idle"
+    larger = agree(tokens(5, 0, 1, decode=True), limits=limits)
+    assert (larger.padded_tokens, larger.graph) == ((6, 0, 2), False)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(
+    wanted=st.lists(st.integers(1, 600), min_size=1, max_size=30),
+    most=st.integers(1, 600),
+    tp=st.sampled_from([1, 2, 4, 8, 3]),
+)
+def test_graph_sizes(wanted: list[int], most: int, tp: int) -> None:
+    sizes = graph_sizes(wanted, most=most, tp=tp)
+    assert list(sizes) == sorted(set(sizes)) and sizes
+    assert {-(-size // tp) * tp for size in wanted} >= set(sizes)
+    assert all(size < most for size in sizes[:-1]), "a size that no step takes"
+    assert sizes[-1] >= min(most, max(wanted))
+    usual = default_graph_sizes(most)
+    assert usual[-1] >= most and graph_sizes(usual, most=most, tp=1) == usual
+    assert all(large - small <= 16 for small, large in pairwise(usual))
+
+
+def test_usual_graph_sizes() -> None:
+    assert default_graph_sizes(64) == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+    assert default_graph_sizes(3) == (1, 2, 4)
+    assert default_graph_sizes(300)[-4:] == (256, 272, 288, 304)
+    for wrong in ([], [0, 4], [-1]):
+        with pytest.raises(ConfigError, match=r"engine.cuda_graph_sizes=.* at least 1.*cuda_graphs=off"):
+            graph_sizes(wrong, most=8, tp=1)
+
+
 def test_groups_at_different_steps_are_named() -> None:
     with pytest.raises(ValueError, match="group 1 at 6, the others at 7"):
         agree([Wish(step=7), Wish(step=6), Wish(step=7)], limits=LockstepLimits())
@@ -63,11 +101,12 @@ def worlds(draw: st.DrawFn) -> tuple[list[Wish], LockstepLimits]:
         count = draw(st.integers(0, 40) | st.just(0))
         decode = draw(st.sampled_from([0, count]) | st.integers(0, count))
         wishes.append(Wish(3, count, decode, draw(st.integers(0, 99))))
-    per_token = draw(st.integers(0, 50))
+    per_token, tp = draw(st.integers(0, 50)), draw(st.sampled_from([1, 2, 3, 4, 8]))
+    sizes = tuple(tp * size for size in sorted(draw(st.sets(st.integers(1, 20), max_size=4))))
     limits = LockstepLimits(
-        tp=draw(st.sampled_from([1, 2, 3, 4, 8])),
+        tp=tp,
         padding=draw(st.sampled_from(Padding)),
-        captures_graphs=draw(st.booleans()),
+        graph_sizes=sizes,
         receive_bytes_per_token=per_token,
         receive_bytes_cap=draw(st.none() | st.integers(per_token, 400)),
         max_capacity=draw(st.none() | st.integers(1, 20)),
@@ -87,10 +126,22 @@ def test_laws(world: tuple[list[Wish], LockstepLimits]) -> None:
     for wish, padded in zip(wishes, step.padded_tokens, strict=True):
         assert padded >= wish.num_tokens
         assert padded % limits.tp == 0
-        assert padded < max(other.num_tokens for other in wishes) + limits.tp
+        assert step.graph or padded < max(other.num_tokens for other in wishes) + limits.tp
     assert step.capacity * limits.tp == max(step.padded_tokens)
     check_chunks(step, limits)
     assert (step.phase is Phase.IDLE) == (step.num_tokens == 0) == (step.capacity == 0)
+
+    check_graph(step, wishes, limits)
+
+
+def check_graph(step: AgreedStep, wishes: list[Wish], limits: LockstepLimits) -> None:
+    most = max(wish.num_tokens for wish in wishes)
+    fitting = [size for size in limits.captured_sizes if size >= most]
+    assert step.graph == bool(step.phase is Phase.DECODE and fitting)
+    if step.graph:
+        assert set(step.padded_tokens) == {min(fitting)}, "idle groups too"
+        assert step.num_chunks == 1
+        assert set(step.padded_tokens) <= set(limits.captured_sizes), "what nobody has captured is never replayed"
 
 
 def check_chunks(step: AgreedStep, limits: LockstepLimits) -> None:

@@ -32,7 +32,7 @@ def inputs(*chunks: SequenceChunk) -> StepInputs:
     cache = LatentKVCache.zeros(1, num_pages=4, page_size=4, width=8, dtype=torch.float32, device=cpu)
     plan = StepPlan(chunks)
     step = GroupStep(Phase.MIXED, padded_tokens=8, capacity=8, num_chunks=1, chunk_tokens=8)
-    return Runner(NoModel(), cache, 1, 0, one_form=False, device=cpu).inputs(plan, step)
+    return Runner(NoModel(), cache, 1, 0, one_form=False, device=cpu, num_heads=1).inputs(plan, step)
 
 
 def test_tokens_and_their_cache_rows() -> None:

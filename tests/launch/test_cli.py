@@ -77,8 +77,18 @@ def test_doctor_at_671b_from_the_configuration_alone(capsys: pytest.CaptureFixtu
     # 61 layers × (512 + 64) × 2 bytes
     assert "KV per token      68.62 KiB" in text
     assert "deep_ep" in text
+    assert "4.758 GiB" in _doctor(capsys, "model=deepseek_v3", "preset=v3_decode_ep320", "fp8_weights=dequantize")
     text = _doctor(capsys, "model=deepseek_v3", "preset=v3_prefill_ep32")
     assert "288 = 9 on each of 32 ranks" in text
+
+
+def test_doctor_states_the_bytes_of_weights_that_stay_in_fp8(capsys: pytest.CaptureFixture[str]) -> None:
+    text = _doctor(capsys, "model=deepseek_v3", "device=cuda", "ep=8", "tp=1")
+    # 58 layers × 32 slots × 3 matrices × (7168 × 2048 + 4 × 56 × 16) bytes
+    assert "experts           76.14 GiB" in text
+    assert "weights in all    95.07 GiB in FP8 as stored, with scales, else as bfloat16" in text
+    text = _doctor(capsys, "model=deepseek_v3", "device=cuda", "ep=128", "tp=128")
+    assert "dequantised when loaded: q_b_proj (tp=128 cuts it every 192 rows, inside blocks of 128)" in text
 
 
 def test_doctor_lists_every_problem(capsys: pytest.CaptureFixture[str]) -> None:

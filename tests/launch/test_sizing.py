@@ -19,6 +19,7 @@ from moe_runtime.launch.sizing import (
     dispatch_bytes,
     expert_dtype,
     format_bytes,
+    page_size,
     process_bytes,
     weight_bytes,
 )
@@ -125,3 +126,15 @@ def test_small_models_compute_in_fp32_on_a_cpu(words: list[str], compute: int, e
 )
 def test_byte_texts(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+def test_pages_follow_the_device() -> None:
+    """The GPU's decode kernel reads blocks of 64 rows and pages of a power of two."""
+    assert page_size(EngineConfig(), device="cpu") == 16
+    assert page_size(EngineConfig(), device="cuda") == 64
+    assert page_size(EngineConfig(page_size=5), device="cpu") == 5
+    assert page_size(EngineConfig(page_size=32), device="cuda") == 32
+    with pytest.raises(ConfigError, match=r"engine\.page_size=48: must be a power of two.* Nearest: .*page_size=32\."):
+        page_size(EngineConfig(page_size=48), device="cuda")
+    run = compose([])
+    assert cache_size(run.config.engine, run.model, itemsize=2, device="cuda").page_size == 64

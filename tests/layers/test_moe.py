@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from moe_kernels import backends
 from moe_kernels.experts import prepare_experts
 from moe_kernels.gate import GateRule
 from torch import Tensor
@@ -106,7 +108,7 @@ class Outcome:
     loads: Tensor
 
 
-def run(weights: Weights, inputs: list[Tensor], variant: Variant, *, num_real: list[int]) -> Outcome:
+def run(weights: Weights, inputs: list[Tensor], variant: Variant, *, num_real: Sequence[int | Tensor]) -> Outcome:
     """The layer on `variant.ep` ranks, rank r with `inputs[r]`."""
     placement = ExpertPlacement.uniform(
         2, EXPERTS + weights.num_shared * variant.dispatched, ep=variant.ep, num_redundant=variant.redundant
@@ -230,6 +232,32 @@ def test_padding_rows_are_neither_counted_nor_computed() -> None:
     assert not noisy.outputs[0][4:].any()
     assert torch.equal(noisy.loads, clean.loads)
     assert int(noisy.loads.sum()) == 4 * (TOP_K + 1)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant(dispatched=True),
+        Variant(ep=2, dispatch="all_gather", redundant=4, choice=ReplicaChoice.ROUND_ROBIN, max_chunk_tokens=2),
+        Variant(ep=2, dispatch="all_to_all", redundant=4, choice=ReplicaChoice.NEAREST),
+    ],
+    ids=lambda v: f"{v.dispatch}-{v.choice}",
+)
+def test_real_tokens_that_only_the_device_knows(
+    monkeypatch: pytest.MonkeyPatch, variant: Variant, backend: str
+) -> None:
+    """One kernel routes, places and counts; the same tokens go to the same slots as step by step."""
+    weights = make_weights(1)
+    inputs = [torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(rank)) for rank in range(variant.ep)]
+    real = [2, 0][: variant.ep]
+    expected = run(weights, inputs, variant, num_real=real)
+    monkeypatch.setattr(backends, "default_backend", lambda device: backend)
+    outcome = run(weights, inputs, variant, num_real=[torch.tensor([count]) for count in real])
+    for ours, theirs in zip(outcome.outputs, expected.outputs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+    assert torch.equal(outcome.loads, expected.loads)
+    assert int(outcome.loads.sum()) == 2 * (TOP_K + variant.dispatched)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

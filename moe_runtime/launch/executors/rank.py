@@ -10,15 +10,17 @@ import torch
 import torch.distributed as dist
 
 from moe_runtime.comm.process import Process
+from moe_runtime.comm.together import ProcessTogether
 from moe_runtime.comm.torch_dist import patient_world, torch_dist_groups
 from moe_runtime.comm.waiting import await_thread
 from moe_runtime.engine.engine import RankEngine
 from moe_runtime.engine.owner import RequestOwner
 from moe_runtime.errors import ConfigError
-from moe_runtime.launch.build import OnProgress, ProcessParts, build_engine
+from moe_runtime.launch.build import OnProgress, ProcessParts, build_engine, capture_graphs
 from moe_runtime.launch.device import on_device
 from moe_runtime.launch.executors.base import without_frames
 from moe_runtime.launch.executors.threads import torch_threads
+from moe_runtime.launch.graphs import Capture
 from moe_runtime.launch.wire import decode_error, encode_error
 from moe_runtime.parallel.mesh import ProcessMesh
 
@@ -46,7 +48,11 @@ class Rank:
         self._engine: RankEngine | None = None
         try:
             self._engine = self._load(open_parts, mesh, owner, load_timeout_s, on_progress)
+            with torch.inference_mode(), on_device(process.device):
+                self._engine.prepare()
         except BaseException as error:
+            if self._engine is not None:
+                self._engine.close()
             process.close(error)
             raise
 
@@ -64,7 +70,10 @@ class Rank:
         failure: Exception | None = None
         try:
             with torch.inference_mode(), on_device(self._process.device):
-                engine = build_engine(open_parts(), mesh, groups, owner=owner, on_progress=on_progress)
+                parts = open_parts()
+                graphs = capture_graphs(parts, mesh.rank, on_progress)
+                capture = None if graphs is None else Capture(graphs, ProcessTogether(self._process))
+                engine = build_engine(parts, mesh, groups, owner=owner, capture=capture, on_progress=on_progress)
         except Exception as error:  # noqa: BLE001 - whatever it is, every rank must hear of it
             failure = error
         told = all_loaded.collect(b"" if failure is None else encode_error(failure).encode())
@@ -90,11 +99,13 @@ class Rank:
             failure = error
             raise
         finally:
+            engine.close()  # graphs hold the process groups' communicators
             self._process.close(failure)
 
     def leave(self, error: BaseException) -> None:
         """Leave without serving; the others learn why."""
         if self._engine is not None:
+            self._engine.close()
             self._engine = None
             self._process.close(error)
 

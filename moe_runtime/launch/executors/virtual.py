@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 from contextlib import ExitStack
 
+from moe_runtime.comm.together import virtual_together
 from moe_runtime.comm.virtual import VirtualCluster, virtual_groups
 from moe_runtime.comm.waiting import await_thread
 from moe_runtime.engine.engine import RankEngine
 from moe_runtime.engine.owner import RequestOwner
 from moe_runtime.errors import EngineClosedError
-from moe_runtime.launch.build import LoadProgress, OnProgress, ProcessParts, build_engine
+from moe_runtime.launch.build import LoadProgress, OnProgress, ProcessParts, build_engine, capture_graphs
 from moe_runtime.launch.device import on_device
 from moe_runtime.launch.executors.base import without_frames
 from moe_runtime.launch.executors.threads import threads_of_virtual_ranks, torch_threads
+from moe_runtime.launch.graphs import Capture
 from moe_runtime.parallel.mesh import ProcessMesh
 
 
@@ -27,6 +29,7 @@ class VirtualExecutor:
         cluster = VirtualCluster(config.pp * config.ep)
         modes = ExitStack()  # of the cluster's thread
         stopped = threading.Event()
+        engines: list[RankEngine] = []
 
         def advance(progress: LoadProgress) -> None:
             if stopped.is_set():
@@ -40,10 +43,12 @@ class VirtualExecutor:
         try:
             cluster_thread = cluster.call(threading.current_thread)
             cluster.call(enter_modes)
-            engines = cluster.call(lambda: _build(cluster, parts, owner, advance))
+            engines += cluster.call(lambda: _build(cluster, parts, owner, advance))
+            if engines[0].graphs is not None:
+                cluster.run(lambda rank: engines[rank].prepare())
         except BaseException:
             stopped.set()  # the caller may have been interrupted while the cluster's thread goes on
-            _leave(cluster, modes)
+            _leave(cluster, modes, engines)
             raise
         self._thread = threading.Thread(target=_run, args=(cluster, modes, engines, owner), name="engine", daemon=True)
         self._threads = (self._thread, cluster_thread)
@@ -63,9 +68,13 @@ def _build(
     config = parts.config
     mesh = {"pp": config.pp, "dp": config.dp, "tp": config.tp, "ranks_per_node": config.ranks_per_node}
     groups = virtual_groups(cluster, config.pp, dp=config.dp, tp=config.tp, ranks_per_node=config.ranks_per_node)
+    graphs = capture_graphs(parts, 0, on_progress)
+    captures = [None if graphs is None else Capture(graphs, place) for place in virtual_together(cluster)]
     return [
-        build_engine(parts, rank, own, owner=owner if rank.rank == 0 else None, on_progress=on_progress)
-        for rank, own in zip(ProcessMesh.enumerate(**mesh), groups, strict=True)
+        build_engine(
+            parts, rank, own, owner=owner if rank.rank == 0 else None, capture=capture, on_progress=on_progress
+        )
+        for rank, own, capture in zip(ProcessMesh.enumerate(**mesh), groups, captures, strict=True)
     ]
 
 
@@ -76,8 +85,7 @@ def _run(cluster: VirtualCluster, modes: ExitStack, engines: list[RankEngine], o
     except BaseException as error:  # noqa: BLE001 - handed to every thread that waits for a result
         failure = without_frames(error)
     owner.end(failure)
-    engines.clear()
-    _leave(cluster, modes)
+    _leave(cluster, modes, engines)
 
 
 def _serve(engine: RankEngine) -> None:
@@ -85,6 +93,12 @@ def _serve(engine: RankEngine) -> None:
     engine.groups.close()
 
 
-def _leave(cluster: VirtualCluster, modes: ExitStack) -> None:
-    cluster.call(modes.close)
+def _leave(cluster: VirtualCluster, modes: ExitStack, engines: list[RankEngine]) -> None:
+    def leave() -> None:
+        for engine in engines:
+            engine.close()
+        engines.clear()
+        modes.close()
+
+    cluster.call(leave)
     cluster.close()

@@ -1,0 +1,134 @@
+"""Whether decode steps run as CUDA graphs, of which sizes, and what captures them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from moe_kernels import backends
+from moe_models.base import ModelConfig
+
+from moe_runtime.comm.together import Together
+from moe_runtime.config import RuntimeConfig
+from moe_runtime.dispatch.factory import graph_safe
+from moe_runtime.dispatch.rows import RowLayout
+from moe_runtime.engine.cuda_graph import CudaGraphs, GraphApi
+from moe_runtime.engine.graphs import ProcessGraphs
+from moe_runtime.engine.lockstep import LockstepLimits, Padding, default_graph_sizes, graph_sizes
+from moe_runtime.errors import ConfigError
+from moe_runtime.launch.placing import num_local_slots
+from moe_runtime.launch.sizing import compute_dtype, dispatch_bytes, max_num_seqs
+
+
+class GraphsMode(NamedTuple):
+    """`sizes`: rows of a DP group in each captured step, ascending; empty where the mode is off."""
+
+    mode: Literal["on", "off"]
+    reason: str
+    sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """What a rank needs to take part in the captures of its process."""
+
+    process: ProcessGraphs
+    together: Together
+
+
+def graphs_mode(config: RuntimeConfig, model: ModelConfig) -> GraphsMode:
+    """How decode steps run, and why. ConfigError where engine.cuda_graphs=on and they cannot be captured, and on
+    sizes that are none."""
+    wanted = config.engine.cuda_graphs
+    if config.engine.cuda_graph_sizes is not None:
+        _sizes(config)
+    if wanted == "off":
+        return GraphsMode("off", "engine.cuda_graphs=off")
+    limits = lockstep_limits(config, model, graphs=True)
+    sizes = limits.captured_sizes
+    if not sizes:
+        why, remedy = _obstacle(config, limits)
+        if wanted == "on":
+            raise ConfigError(f"engine.cuda_graphs=on: {why}. Set {remedy}, or engine.cuda_graphs=auto.")
+        return GraphsMode("off", why)
+    most = max_num_seqs(config.engine)
+    beyond = "" if sizes[-1] >= most else f"; steps of {sizes[-1] + 1} to {most} tokens run without"
+    return GraphsMode(
+        "on", f"decode steps of up to {sizes[-1]} rows per DP group, in {len(sizes)} sizes{beyond}", sizes
+    )
+
+
+def lockstep_limits(
+    config: RuntimeConfig,
+    model: ModelConfig,
+    *,
+    graphs: bool,
+    num_slots: int | None = None,
+    max_capacity: int | None = None,
+) -> LockstepLimits:
+    """`graphs`: decode steps are captured, where they can be. `num_slots` of each rank, where known; `max_capacity`:
+    the dispatcher's own limit."""
+    slots = num_local_slots(config, model) if num_slots is None else num_slots
+    one_token = dispatch_bytes(
+        config, model, num_local_slots=slots, tokens=1, itemsize=compute_dtype(config, model).itemsize
+    )
+    return LockstepLimits(
+        tp=config.tp,
+        padding=Padding(config.engine.padding),
+        graph_sizes=_sizes(config) if graphs and _can_capture(config) else (),
+        receive_bytes_per_token=one_token,
+        receive_bytes_cap=config.engine.dispatch_buffer_bytes,
+        max_capacity=max_capacity,
+    )
+
+
+def process_graphs(
+    config: RuntimeConfig, model: ModelConfig, device: torch.device, on_captured: Callable[[int], None]
+) -> ProcessGraphs | None:
+    """What captures this process's decode steps, nothing captured yet; None where they run without graphs.
+
+    `on_captured` is called with the rows of each size once it is captured. ConfigError as `graphs_mode`.
+    """
+    found = graphs_mode(config, model)
+    return ProcessGraphs(graph_api(device), found.sizes, on_captured) if found.mode == "on" else None
+
+
+def graph_api(device: torch.device) -> GraphApi:
+    """Capture on `device`, which is the calling thread's current one."""
+    assert device.type == "cuda", "graphs_mode says where there are graphs"
+    return CudaGraphs()
+
+
+def _sizes(config: RuntimeConfig) -> tuple[int, ...]:
+    most, wanted = max_num_seqs(config.engine), config.engine.cuda_graph_sizes
+    return graph_sizes(default_graph_sizes(most) if wanted is None else wanted, most=most, tp=config.tp)
+
+
+def _on_kernels(config: RuntimeConfig) -> bool:
+    return backends.default_backend(torch.device(config.device)) == "triton"
+
+
+def _can_capture(config: RuntimeConfig) -> bool:
+    """Whether nothing but the size of a step stands against its capture."""
+    safe = graph_safe(config.dispatch, rows=RowLayout(1), device=torch.device(config.device))
+    return _on_kernels(config) and safe and config.engine.padding != "own"
+
+
+def _obstacle(config: RuntimeConfig, limits: LockstepLimits) -> tuple[str, str]:
+    """Why no decode step can be captured, and the remedy."""
+    if not _on_kernels(config):
+        return f"device={config.device} has no CUDA graphs", "device=cuda"
+    if not _can_capture(config) and config.engine.padding != "own":
+        other = "all_gather" if config.ep > 1 else "local"
+        return f"dispatch={config.dispatch} waits on the host for its counts", f"dispatch={other}"
+    if config.engine.padding == "own":
+        return "engine.padding=own gives every DP group rows of its own", "engine.padding=auto"
+    rows, least = limits.receive_bytes_per_token, limits.graph_sizes[0]
+    need = rows * (least // config.tp)
+    return (
+        f"engine.dispatch_buffer_bytes={config.engine.dispatch_buffer_bytes} cuts steps of {least} rows, the least "
+        "captured size, into several dispatches",
+        f"engine.dispatch_buffer_bytes={need} or more",
+    )
