@@ -31,7 +31,8 @@ def linear(
 
     With a block-scaled w, x is quantised per row and 128 values (`quantize_rows`), or comes as such (`[T, K]`; the
     result is bf16), and products run as `grouped_gemm_ragged` with one slot on `backend`, which others do not heed:
-    `torch` dequantises both. With `batch_invariant` a row's bits depend on that row and `w` alone.
+    `torch` dequantises both; `cublas`, never chosen unasked, is cuBLASLt's own block-scaled product. With
+    `batch_invariant` a row's bits depend on that row and `w` alone.
     Raises KernelError where widths, dtypes or scales do not fit.
     """
     if isinstance(w, BlockScaled) or isinstance(x, BlockScaled):

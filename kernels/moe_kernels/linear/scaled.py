@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_kernels.backends import require
 from moe_kernels.grouped_gemm import grouped_gemm_ragged
 from moe_kernels.grouped_gemm.layout import every_row
+from moe_kernels.linear import cublas
 from moe_kernels.quant import quantize_rows
 from moe_kernels.scaled import BLOCK, BlockScaled, num_blocks
 
@@ -17,6 +19,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def scaled_linear(x: Tensor | BlockScaled, w: BlockScaled, *, batch_invariant: bool, backend: str | None) -> Tensor:
     """`x [..., K] @ w [N, K]^T -> [..., N]`; see `linear`."""
     _check(x, w)
+    if backend == "cublas":
+        require(not batch_invariant, "linear: cublas has no batch-invariant mode; take backend='triton'")
+        return _by_cublas(x, w)
     rows = _quantized(x.reshape(-1, x.shape[-1]), backend) if isinstance(x, Tensor) else x
     total, device = rows.shape[0], rows.data.device
     # DeepGEMM reads as many rows as it is told; the others stop at the last one.
@@ -31,6 +36,19 @@ def scaled_linear(x: Tensor | BlockScaled, w: BlockScaled, *, batch_invariant: b
         batch_invariant=batch_invariant,
     )
     return out.view(*x.shape[:-1], w.shape[0])
+
+
+def _by_cublas(x: Tensor | BlockScaled, w: BlockScaled) -> Tensor:
+    """Rows filled up to a multiple of what cuBLASLt takes; those that come quantised must be such already."""
+    if isinstance(x, BlockScaled):
+        return cublas.scaled_product(x, w)
+    rows = x.reshape(-1, x.shape[-1])
+    total = rows.shape[0]
+    if total == 0:
+        return x.new_empty(*x.shape[:-1], w.shape[0])
+    filled = F.pad(rows, (0, 0, 0, -total % cublas.ROW_UNIT)) if total % cublas.ROW_UNIT else rows
+    out = cublas.scaled_product(quantize_rows(filled, scale_layout="mn"), w)
+    return out[:total].to(x.dtype).view(*x.shape[:-1], w.shape[0])
 
 
 def _quantized(x: Tensor, backend: str | None) -> BlockScaled:

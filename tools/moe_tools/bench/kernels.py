@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
 
+from moe_tools.bench.dense_cases import dense_cases
 from moe_tools.bench.floor import Hardware, hardware_of
 from moe_tools.bench.gpu_cases import Case, cases
 from moe_tools.bench.record import append_record
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     hardware = require_gpu()
     print(f"{hardware.name}, torch {torch.__version__}; µs, medians of {options.turns}; floor = datasheet")
-    for build in cases():
+    for build in chain(cases(), dense_cases()):
         case = build()
         if options.only not in case.op:
             continue
