@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,12 +11,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moe_runtime import LLM, CheckpointError, CommunicationError, EngineClosedError
+from moe_runtime.comm.process import host_store
 from moe_runtime.launch.build import LoadProgress
 from moe_runtime.launch.compose import compose
+from moe_runtime.launch.executors.process import Children
 from tests.api.tiny import alone, damage, greedy, tokens, write_tiny
 from tests.launch.processes import children, descendants, finish, wait_gone, workers
 
@@ -107,6 +111,23 @@ def test_a_rank_that_is_killed_before_it_runs(folder: Path, moment: str) -> None
         LLM.from_composed(composed, on_progress=kill if moment == "loading" else lambda _: None)
     assert time.monotonic() - began < 2 * WITHIN_S
     assert workers() == []
+
+
+def test_a_rank_that_has_ended_before_it_is_told_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    popen = subprocess.Popen
+
+    def ended(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        child = popen([sys.executable, "-c", "raise SystemExit(9)"], **options)
+        child.wait()
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", ended)
+    started = Children(host_store(deadline_s=WITHIN_S))
+    started.start(2, deadline_s=WITHIN_S)
+    with pytest.raises(CommunicationError, match="not all ranks have started") as told:
+        started.wait_until_ready()
+    assert re.match(r"rank 1's process \d+ ended with exit code 9\. not all ranks", str(started.explain(told.value)))
+    started.end()
 
 
 def test_a_broken_tensor_that_only_another_rank_reads(folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from moe_runtime.comm.process import host_store, init_process
@@ -102,8 +103,9 @@ class Children:
             self._processes.append(child)
             place = {"rank": rank, "world": world, "port": self._store.port, "deadline_s": deadline_s}
             assert child.stdin is not None
-            child.stdin.write(json.dumps(place).encode() + b"\n")
-            child.stdin.flush()
+            with suppress(BrokenPipeError):  # it has ended already: `wait_until_ready` says so
+                child.stdin.write(json.dumps(place).encode() + b"\n")
+                child.stdin.flush()
 
     def wait_until_ready(self) -> None:
         """CommunicationError where a child has ended or takes too long."""
@@ -141,7 +143,8 @@ class Children:
         until = time.monotonic() + EXIT_GRACE_S
         for child in self._processes:
             if child.stdin is not None and not child.stdin.closed:
-                child.stdin.close()
+                with suppress(BrokenPipeError):  # what a dead child has not read
+                    child.stdin.close()
         for child in self._processes:
             try:
                 child.wait(timeout=max(0.0, until - time.monotonic()))
