@@ -55,8 +55,8 @@ gpu-test: $(GPU_SITE) ## the Triton kernels' tests on a CUDA device, and the dem
 	  -k "triton or gpu"
 
 gpu-bench: $(GPU_SITE) ## kernels and one rank's layer against their floors, into docs/measurements/gpu.jsonl
-	$(GPU_ENV) $(GPU_PYTHON) -m moe_tools.bench kernels
-	$(GPU_ENV) $(GPU_PYTHON) -m moe_tools.bench slice
+	$(GPU_ENV) $(GPU_PYTHON) -m moe_tools.bench kernels; status=$$?; \
+	$(GPU_ENV) $(GPU_PYTHON) -m moe_tools.bench slice && exit $$status
 
 gpu-wheels: ## fetch the few wheels that the end-to-end GPU tests need where there is no package index
 	$(PYTHON) -m pip download -q --no-deps -d $(GPU_WHEELS) -c constraints.txt --python-version 3.12 \

@@ -17,7 +17,7 @@ from moe_runtime.cli.prompts import OWN_PROMPTS, check_output, read_prompts
 from moe_runtime.errors import ConfigError, MoeRuntimeError, RequestError
 from moe_runtime.launch.compose import Composed, compose
 from moe_runtime.launch.env import TorchrunEnv
-from moe_runtime.launch.graphs import graphs_mode
+from moe_runtime.launch.graphs import graph_bytes, graphs_mode
 from moe_runtime.launch.kernels import kernel_report, triton_state
 from moe_runtime.launch.placing import expert_placement, num_dispatched_shared
 from moe_runtime.launch.sizing import (
@@ -203,11 +203,23 @@ def _show_bytes(console: Console, composed: Composed, placement: ExpertPlacement
         ),
         ("rotary table", format_bytes(rotary_bytes(config.engine, model))),
         ("dispatch buffers", f"at most {format_bytes(config.engine.dispatch_buffer_bytes)}"),
+        *_graph_rows(composed),
     ]
     if virtual:
         held = format_bytes(process_bytes(config, model, num_local_slots=placement.num_local))
         rows.append(("this process", f"{held} for {count(config.ep, 'rank')}: equal slices are held once"))
     console.pairs("bytes of rank 0", rows)
+
+
+def _graph_rows(composed: Composed) -> Iterator[tuple[str, str]]:
+    try:
+        sizes = graphs_mode(composed.config, composed.model).sizes
+    except ConfigError:
+        return  # among the problems
+    if sizes:
+        held = format_bytes(graph_bytes(composed.config, composed.model, sizes))
+        pool = f"a pool that fits one step of {sizes[-1]} rows, known once it is captured"
+        yield "decode graphs", f"{held} of page tables and logits; beside it {pool}"
 
 
 def _show_dispatch(console: Console, composed: Composed, placement: ExpertPlacement) -> None:

@@ -79,7 +79,7 @@ class CudaGraphs:
             graph.capture_end()
         finally:
             self._leave()
-        return _CudaGraph(graph)
+        return _CudaGraph(graph, self._stream.device)
 
     def abandon(self) -> None:
         graph, self._capturing = self._capturing, None
@@ -90,7 +90,8 @@ class CudaGraphs:
         except RuntimeError:
             pass  # a capture that failed ends with an error of its own; the first one is reported
         finally:
-            self._leave()
+            with suppress(RuntimeError):  # a device that has failed refuses this too
+                self._leave()
 
     def _leave(self) -> None:
         outside, self._outside = self._outside, None
@@ -100,8 +101,9 @@ class CudaGraphs:
 
 
 class _CudaGraph:
-    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
         self._graph: torch.cuda.CUDAGraph | None = graph
+        self._device = device
 
     def replay(self) -> None:
         assert self._graph is not None, "a released graph cannot be replayed"
@@ -112,5 +114,6 @@ class _CudaGraph:
         if graph is None:
             return
         with suppress(RuntimeError):  # a device that has failed has nothing under way
-            torch.cuda.current_stream().synchronize()
-        graph.reset()
+            torch.cuda.synchronize(self._device)  # by number: whoever releases may have another one current
+        with suppress(RuntimeError):
+            graph.reset()

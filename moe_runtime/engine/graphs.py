@@ -26,6 +26,7 @@ from moe_runtime.layers.step import AbsorbedTokens, StepInputs
 
 _ALIGN = 16
 """Numbers of 8 bytes: every field begins at a multiple of 128 bytes, as its own allocation would."""
+_NUMBER_BYTES = 8
 
 
 class GraphCounts(NamedTuple):
@@ -88,6 +89,10 @@ class RankGraphs:
     @property
     def counts(self) -> GraphCounts:
         return self._process.counts
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self._process.sizes
 
     def capture(self) -> None:
         """Capture every size, the largest first: its memory then serves the others. Collective over all ranks.
@@ -192,8 +197,7 @@ class StepBuffers:
     def __init__(self, most: int, *, max_pages: int, page_size: int, device: torch.device) -> None:
         """For steps of up to `most` rows (M) and sequences of up to `max_pages` pages (P)."""
         self._most = most
-        self._stride = -(-most // _ALIGN) * _ALIGN
-        self._table = 4 * self._stride + _ALIGN
+        self._stride, self._table = _places(most)
         self._max_pages = max_pages
         self._page_size = page_size
         count = self._table + max_pages * most
@@ -202,6 +206,11 @@ class StepBuffers:
         self._device = torch.zeros(count, dtype=torch.int64, device=device)
         self._rows = torch.arange(most, device=device)
         self._sent = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def num_bytes(most: int, max_pages: int) -> int:
+        """Device memory of such buffers."""
+        return (_places(most)[1] + (max_pages + 1) * most) * _NUMBER_BYTES
 
     def fields(self, size: int) -> StepFields:
         """What a step of `size` rows reads."""
@@ -247,3 +256,9 @@ class StepBuffers:
         self._device[:used].copy_(self._host[:used], non_blocking=True)
         if self._sent is not None:
             self._sent.record()
+
+
+def _places(most: int) -> tuple[int, int]:
+    """Of steps of up to `most` rows: numbers from one field to the next, and where the page table begins."""
+    stride = -(-most // _ALIGN) * _ALIGN
+    return stride, 4 * stride + _ALIGN

@@ -31,6 +31,7 @@ from moe_runtime.errors import ConfigError
 from moe_runtime.launch.compose import Composed
 from moe_runtime.launch.device import process_device
 from moe_runtime.launch.graphs import Capture, lockstep_limits, process_graphs
+from moe_runtime.launch.memory import enough_memory
 from moe_runtime.launch.placing import expert_placement, num_logical_experts
 from moe_runtime.launch.sizing import (
     CacheSize,
@@ -63,6 +64,10 @@ class LoadProgress:
 
 
 OnProgress = Callable[[LoadProgress], None]
+
+_WEIGHTS_REMEDY = (
+    "Lower engine.kv_cache_bytes or placement.num_redundant_experts, raise ep, or spread the ranks over more GPUs."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +180,9 @@ def build_engine(
         max_model_len=max_model_len(engine, model),
         kept_fp8=kept_weights(config, model),
     )
-    weights = assembly.build(lambda layer: on_progress(LoadProgress(mesh.rank, layer, parts.num_read_bytes())))
-    cache = LatentKVCache.zeros(
-        model.num_layers,
-        num_pages=parts.cache.num_pages,
-        page_size=parts.cache.page_size,
-        width=model.latent_dim,
-        dtype=parts.dtype,
-        device=parts.device,
-    )
+    with enough_memory(parts.device, f"ep={config.ep}: the weights of rank {mesh.rank}", remedy=_WEIGHTS_REMEDY):
+        weights = assembly.build(lambda layer: on_progress(LoadProgress(mesh.rank, layer, parts.num_read_bytes())))
+    cache = _cache(parts, mesh.rank)
     heads = model.num_heads // mesh.tp
     runner = Runner(weights, cache, mesh.tp, mesh.tp_rank, engine.batch_invariant, parts.device, heads)
     return RankEngine(
@@ -200,6 +199,23 @@ def build_engine(
         leader=_leader(parts, owner) if mesh.tp_rank == 0 else None,
         graphs=_graphs(parts, capture, runner, dispatcher.capabilities, samples=mesh.tp_rank == 0),
     )
+
+
+def _cache(parts: ProcessParts, rank: int) -> LatentKVCache:
+    """All pages of one rank."""
+    model, size = parts.model, parts.cache
+    asked = parts.config.engine.kv_cache_bytes
+    held = f"rank {rank}'s latent cache of {size.num_bytes} bytes"
+    remedy = "Lower engine.kv_cache_bytes, or spread the ranks over more GPUs."
+    with enough_memory(parts.device, f"engine.kv_cache_bytes={asked or 'null'}: {held}", remedy=remedy):
+        return LatentKVCache.zeros(
+            model.num_layers,
+            num_pages=size.num_pages,
+            page_size=size.page_size,
+            width=model.latent_dim,
+            dtype=parts.dtype,
+            device=parts.device,
+        )
 
 
 def capture_graphs(parts: ProcessParts, rank: int, on_progress: OnProgress) -> ProcessGraphs | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,11 +16,19 @@ from moe_runtime.config import RuntimeConfig
 from moe_runtime.dispatch.factory import graph_safe
 from moe_runtime.dispatch.rows import RowLayout
 from moe_runtime.engine.cuda_graph import CudaGraphs, GraphApi
-from moe_runtime.engine.graphs import ProcessGraphs
+from moe_runtime.engine.graphs import ProcessGraphs, StepBuffers
 from moe_runtime.engine.lockstep import LockstepLimits, Padding, default_graph_sizes, graph_sizes
 from moe_runtime.errors import ConfigError
+from moe_runtime.launch.memory import enough_memory
 from moe_runtime.launch.placing import num_local_slots
-from moe_runtime.launch.sizing import compute_dtype, dispatch_bytes, max_num_seqs
+from moe_runtime.launch.sizing import (
+    FP32_BYTES,
+    compute_dtype,
+    dispatch_bytes,
+    max_model_len,
+    max_num_seqs,
+    page_size,
+)
 
 
 class GraphsMode(NamedTuple):
@@ -93,6 +102,23 @@ def process_graphs(
     """
     found = graphs_mode(config, model)
     return ProcessGraphs(graph_api(device), found.sizes, on_captured) if found.mode == "on" else None
+
+
+def graphs_fit(sizes: tuple[int, ...], device: torch.device) -> AbstractContextManager[None]:
+    """Around the capture: ConfigError where the device has too little memory for it."""
+    what = f"engine.cuda_graph_sizes={list(sizes)}: the capture of decode steps of up to {sizes[-1]} rows"
+    remedy = "Lower engine.kv_cache_bytes or the largest of engine.cuda_graph_sizes, or set engine.cuda_graphs=off."
+    return enough_memory(device, what, remedy=remedy)
+
+
+def graph_bytes(config: RuntimeConfig, model: ModelConfig, sizes: tuple[int, ...]) -> int:
+    """What a rank that samples holds for its captured steps at fixed addresses: the step's numbers and its logits.
+
+    Beside it lies what a step of `sizes[-1]` rows allocates on its way, in one pool of the process for all sizes.
+    """
+    length, size = max_model_len(config.engine, model), page_size(config.engine, device=config.device)
+    numbers = StepBuffers.num_bytes(sizes[-1], -(-length // size))
+    return numbers + sizes[-1] * model.vocab_size * FP32_BYTES
 
 
 def graph_api(device: torch.device) -> GraphApi:

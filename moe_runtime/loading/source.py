@@ -82,3 +82,7 @@ class CheckpointSource:
         if key not in self._shared:
             self._shared[key] = build()
         return cast(T, self._shared[key])
+
+    def end_sharing(self) -> None:
+        """Every rank of the process is built: hold none of their values any longer than they do."""
+        self._shared.clear()

@@ -242,14 +242,13 @@ class FakeCuda:
         cuda = self
 
         class Stream:
+            device = torch.device("cuda", 1)
+
             def __init__(self, name: str = "side") -> None:
                 self.name = name
 
             def wait_stream(self, other: Stream) -> None:
                 cuda.call(f"{self.name} waits for {other.name}")
-
-            def synchronize(self) -> None:
-                cuda.call(f"{self.name} is waited for")
 
         class Graph:
             def capture_begin(self, pool: str, capture_error_mode: str) -> None:
@@ -272,7 +271,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(self.current))
         monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.call("synchronize"))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device="": self.call(f"synchronize {device}".rstrip()))
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.call("empty_cache"))
 
     def call(self, what: str) -> None:
@@ -300,7 +299,7 @@ def test_torch_graphs_capture_beside_the_stream_in_use(monkeypatch: pytest.Monke
         "end",
         "main waits for side",
         "replay on main",
-        "main is waited for",
+        "synchronize cuda:1",  # whoever releases, it may have another device current
         "reset",
     ]
 
@@ -324,6 +323,15 @@ def test_torch_graphs_leave_the_stream_after_a_failure(monkeypatch: pytest.Monke
         api.begin()
     api.abandon()
     assert cuda.current == "main" and cuda.calls[-2:] == ["reset", "main waits for side"]
+
+
+def test_a_failed_device_hides_no_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    api = CudaGraphs()
+    api.warm()
+    cuda.fails = "main waits for side"
+    api.abandon()
+    assert cuda.current == "main" and cuda.calls[-1] == cuda.fails
 
 
 def test_a_replay_that_hangs_is_overdue(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,8 @@ logits themselves spread by 2.4."""
 ON_GPU = ("device=cuda", "engine.cuda_graphs=off")
 FIXED = ("engine.max_model_len=256", "engine.prefix_caching=false")
 """A short page table and the same steps in every run."""
+THREADS = "num_threads=2"
+"""Eight workers of pytest share the processor."""
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -34,12 +36,12 @@ def prompts(count: int) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def oracle() -> Run:
     """On the CPU, in fp32, one rank."""
-    words = ("device=cpu", "dtype=float32", "dispatch=local", "num_threads=8", *FIXED)
+    words = ("device=cpu", "dtype=float32", "dispatch=local", THREADS, *FIXED)
     return run(DEMO, prompts(8), words, new_tokens=NEW_TOKENS)
 
 
 def on_gpu(*words: str, count: int = 8) -> Run:
-    return run(DEMO, prompts(count), (*ON_GPU, *FIXED, *words), new_tokens=NEW_TOKENS)
+    return run(DEMO, prompts(count), (*ON_GPU, THREADS, *FIXED, *words), new_tokens=NEW_TOKENS)
 
 
 LAYOUTS = [

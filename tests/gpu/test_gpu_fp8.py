@@ -28,8 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("words", [("ep=1", "dispatch=local"), ("ep=4", "tp=2", "dispatch=all_gather")], ids=" ".join)
 def test_kept_fp8_answers_as_the_dequantised_on_a_cpu(folder: Path, words: tuple[str, ...]) -> None:
-    want = run(folder, PROMPTS, ["device=cpu", "dtype=float32", "ep=1", "num_threads=4"], new_tokens=NEW_TOKENS)
-    got = run(folder, PROMPTS, ["device=cuda", "fp8_weights=keep", *words], new_tokens=NEW_TOKENS)
+    want = run(folder, PROMPTS, ["device=cpu", "dtype=float32", "ep=1", "num_threads=2"], new_tokens=NEW_TOKENS)
+    got = run(folder, PROMPTS, ["device=cuda", "num_threads=2", "fp8_weights=keep", *words], new_tokens=NEW_TOKENS)
     assert_follows(got, want, NEAR)
 
 
@@ -50,6 +50,8 @@ def test_device_bytes_are_those_stated(tmp_path: Path) -> None:
     config, model = composed.config, composed.model
     stated = process_bytes(config, model, num_local_slots=num_local_slots(config, model))
     stated += rotary_bytes(config.engine, model)
+    square = torch.ones(16, 16, device="cuda")
+    square.mm(square)  # cuBLAS takes its workspace from the same allocator
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

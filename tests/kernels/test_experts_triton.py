@@ -30,8 +30,10 @@ from tests.kernels.tiles import pin_tiles
 # fp32: rounding of short sums. Others: hidden row and result are each rounded once (2^-11, 2^-8).
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # A hidden value in e4m3 is off by half a step, 2^-4 of itself. The interpreter truncates, so by a step, and where its
-# carry is lost (about 3 % of values) by a factor of 2.
-STEP, MISCARRIED = (2**-4, 0.0) if ON_GPU else (2**-3, 0.06)
+# carry is lost (about 3 % of values) by a factor of 2. Tensor cores sum fp8 products to 2^-13 of the largest: modelled,
+# 1 value in 1000 goes the other way, a scale is off by 1e-3 and a result of the second product by 4e-3.
+STEP, MISCARRIED = (2**-4, 0.01) if ON_GPU else (2**-3, 0.06)
+SCALE_TOLERANCE, FP8_TOLERANCE = (5e-3, 1e-2) if ON_GPU else (1e-4, 1e-5)
 HEIGHTS = (16, 32, 64, 128)
 CASES = [(dtype, height) for dtype in DTYPES for height in HEIGHTS if dtype is not torch.float32 or height == 16]
 COUNTS = [33, 0, 1, 70]
@@ -67,6 +69,12 @@ def marks(counts: list[int], alignment: int = 1) -> tuple[Tensor, Tensor]:
 
 def close(got: Tensor, want: Tensor, bound: float) -> None:
     torch.testing.assert_close(got.cpu().double(), want, atol=bound, rtol=bound)
+
+
+def close_scales(got: Tensor, want: Tensor, *, ue8m0: bool) -> None:
+    """On a GPU a few of the powers of two may be the next one."""
+    away = (got.cpu().double() / want - 1).abs() > SCALE_TOLERANCE
+    assert away.double().mean() <= (0.02 if ON_GPU and ue8m0 else 0.0)
 
 
 @pytest.mark.parametrize(("dtype", "height"), CASES)
@@ -128,7 +136,7 @@ def test_fp8(hidden: int, width: int, ue8m0: bool, height: int, monkeypatch: pyt
     groups = torch.nn.functional.pad(want, (0, -width % 128)).view(len(want), -1, 128)
     scale = groups.abs().amax(2).clamp(min=1e-4) / 448
     scale = scale.log2().ceil().exp2() if ue8m0 else scale
-    torch.testing.assert_close(got.scale[real].cpu().double(), scale, rtol=1e-4, atol=0)
+    close_scales(got.scale[real], scale, ue8m0=ue8m0)
     # Below 2^-6 of the scale e4m3 steps are even: 2^-9.
     bound = (want.abs() * STEP).maximum(scale.repeat_interleave(128, 1)[:, :width] * 2**-9) * 1.001 + 1e-6
     assert ((hidden_row - want).abs() > bound).double().mean() <= MISCARRIED
@@ -139,12 +147,12 @@ def test_fp8(hidden: int, width: int, ue8m0: bool, height: int, monkeypatch: pyt
     ]
     full = torch.zeros(len(real), width, dtype=torch.float64)
     full[real] = hidden_row
-    close(result, ragged_reference(full, w2.cpu(), psum.cpu(), alignment=8)[real], 2e-3 if ON_GPU else 1e-5)
+    close(result, ragged_reference(full, w2.cpu(), psum.cpu(), alignment=8)[real], FP8_TOLERANCE)
     wrong = BlockScaled(held.w13.data, held.w13.scale.roll(held.w13.scale.shape[1] // 2, 1))
     bad = kernels.gate_up(x, wrong, rows, rows_per_slot=height, ue8m0=ue8m0, batch_invariant=False)
     assert isinstance(bad, BlockScaled)
     with pytest.raises(AssertionError):  # a mutant: the up half's scales taken for the gate's
-        torch.testing.assert_close(bad.scale[real].cpu().double(), scale, rtol=1e-4, atol=0)
+        close_scales(bad.scale[real], scale, ue8m0=ue8m0)
 
 
 @pytest.mark.parametrize("ue8m0", [False, True])
@@ -167,7 +175,7 @@ def test_swiglu_apart_makes_the_hidden_row_of_the_fused_launch(ue8m0: bool, monk
     away = (values[0] - values[1]).abs() > values[0].abs() * 1e-5
     assert away.double().mean() < max(MISCARRIED, 0.01)
     # A mutant: one slot's up half taken for another's.
-    wrong = BlockScaled(held.w13.data.roll(1, 0), held.w13.scale)
+    wrong = BlockScaled(held.w13.data.view(torch.uint8).roll(1, 0).view(torch.float8_e4m3fn), held.w13.scale)
     bad = kernels.gate_up(x, wrong, rows, rows_per_slot=16, ue8m0=ue8m0, batch_invariant=False)
     assert isinstance(bad, BlockScaled)
     assert not torch.equal(bad.data.view(torch.uint8)[real], apart_.data.view(torch.uint8)[real])
@@ -201,7 +209,7 @@ def test_plain_rows_are_quantised_for_scaled_weights() -> None:
     want = expert_mlp_ragged_reference(x.cpu(), w13.cpu(), w2.cpu(), psum.cpu())
     error = (got.cpu().double() - want).norm() / want.norm()
     # Two roundings to e4m3, each 2.6 % of a value in the mean (truncation: 6 %, and all one way).
-    assert error < (0.06 if ON_GPU else 0.2)
+    assert error < (0.08 if ON_GPU else 0.2)
 
 
 @pytest.mark.parametrize("kind", ["float16", "fp8"])

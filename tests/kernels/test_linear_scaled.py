@@ -18,7 +18,7 @@ from tests.kernels.devices import DEVICE, ON_GPU
 CheckRows = Callable[[Callable[[Tensor], Tensor], Tensor], None]
 BACKENDS = ("torch", "triton")
 # Both operands are rounded to fp8 before either side multiplies; fp32 sums, at less on tensor cores.
-TOLERANCE = 2e-3 if ON_GPU else 1e-5
+TOLERANCE = 5e-3 if ON_GPU else 1e-5
 
 
 def weight(n: int, k: int) -> BlockScaled:

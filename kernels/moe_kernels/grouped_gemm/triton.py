@@ -259,6 +259,7 @@ def aot_case(
         num_stages=config.stages,
         aligned=("out_ptr", "x_scale_ptr", "w_scale_ptr", "out_scale_ptr", "marks_ptr", "row_weights_ptr"),
         quick=quick,
+        max_spill_bytes=512 if dtype is torch.float32 else 0,  # products without tensor cores: for comparisons only
     )
 
 
@@ -266,13 +267,16 @@ def aot_cases(op: str = "grouped_gemm", *, swiglu: bool = False) -> Iterator[Aot
     """DeepSeek-V3's products at every tile (w2, or with `swiglu` w13), the demo model's, weighted rows; for narrow
     tiles one or two slots."""
     v3, demo = ((2048, 7168), (32, 128)) if swiglu else ((7168, 2048), (128, 32))
-    kinds = {1: torch.float8_e4m3fn, 2: torch.bfloat16}
+    kinds = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32}
     widest: set[tuple[int, int]] = set()
     for size, fused, entry in shipped():
         config = entry.config
-        if fused is not swiglu or size not in kinds:
+        if fused is not swiglu:
             continue
         case = partial(aot_case, config, op=op, dtype=kinds[size], swiglu=swiglu)
+        if size == 4:
+            yield case(slots=8, n=demo[0], k=demo[1], padded=True)
+            continue
         if (size, config.block_m) in widest:
             yield case(slots=1, n=v3[0], k=v3[1], padded=True)
             yield case(slots=2, n=v3[0], k=v3[1], padded=False)

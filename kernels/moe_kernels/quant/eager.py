@@ -22,7 +22,9 @@ def empty_scale(rows: int, groups: int, layout: str, device: torch.device) -> Te
 
 def scale_of(amax: Tensor, ue8m0: bool) -> Tensor:
     """The scale of a block whose largest magnitude is `amax fp32`, NaN included."""
-    scale = torch.where(amax.isnan(), torch.inf, amax).clamp_(min=SMALLEST_AMAX).div_(FP8_MAX)
+    scale = torch.where(amax.isnan(), torch.inf, amax).clamp_(min=SMALLEST_AMAX)
+    # CUDA multiplies by the reciprocal of a host number, which is off in the last bit; a device's number divides.
+    scale.div_(FP8_MAX if scale.device.type == "cpu" else scale.new_full((), FP8_MAX))
     if ue8m0:
         # Adding all mantissa bits carries into the exponent unless they are 0 already; infinity stays.
         scale = ((scale.view(torch.int32) + 0x7FFFFF) >> 23 << 23).view(torch.float32)

@@ -20,7 +20,7 @@ from moe_runtime.launch.build import OnProgress, ProcessParts, build_engine, cap
 from moe_runtime.launch.device import on_device
 from moe_runtime.launch.executors.base import without_frames
 from moe_runtime.launch.executors.threads import torch_threads
-from moe_runtime.launch.graphs import Capture
+from moe_runtime.launch.graphs import Capture, graphs_fit
 from moe_runtime.launch.wire import decode_error, encode_error
 from moe_runtime.parallel.mesh import ProcessMesh
 
@@ -48,8 +48,13 @@ class Rank:
         self._engine: RankEngine | None = None
         try:
             self._engine = self._load(open_parts, mesh, owner, load_timeout_s, on_progress)
-            with torch.inference_mode(), on_device(process.device):
-                self._engine.prepare()
+            if (graphs := self._engine.graphs) is not None:
+                with (
+                    torch.inference_mode(),
+                    on_device(process.device),
+                    graphs_fit(graphs.sizes, process.device),
+                ):
+                    self._engine.prepare()
         except BaseException as error:
             if self._engine is not None:
                 self._engine.close()
@@ -74,6 +79,7 @@ class Rank:
                 graphs = capture_graphs(parts, mesh.rank, on_progress)
                 capture = None if graphs is None else Capture(graphs, ProcessTogether(self._process))
                 engine = build_engine(parts, mesh, groups, owner=owner, capture=capture, on_progress=on_progress)
+                parts.source.end_sharing()
         except Exception as error:  # noqa: BLE001 - whatever it is, every rank must hear of it
             failure = error
         told = all_loaded.collect(b"" if failure is None else encode_error(failure).encode())

@@ -15,7 +15,7 @@ from moe_runtime.launch.build import LoadProgress, OnProgress, ProcessParts, bui
 from moe_runtime.launch.device import on_device
 from moe_runtime.launch.executors.base import without_frames
 from moe_runtime.launch.executors.threads import threads_of_virtual_ranks, torch_threads
-from moe_runtime.launch.graphs import Capture
+from moe_runtime.launch.graphs import Capture, graphs_fit
 from moe_runtime.parallel.mesh import ProcessMesh
 
 
@@ -44,8 +44,9 @@ class VirtualExecutor:
             cluster_thread = cluster.call(threading.current_thread)
             cluster.call(enter_modes)
             engines += cluster.call(lambda: _build(cluster, parts, owner, advance))
-            if engines[0].graphs is not None:
-                cluster.run(lambda rank: engines[rank].prepare())
+            if (graphs := engines[0].graphs) is not None:
+                with graphs_fit(graphs.sizes, parts.device):
+                    cluster.run(lambda rank: engines[rank].prepare())
         except BaseException:
             stopped.set()  # the caller may have been interrupted while the cluster's thread goes on
             _leave(cluster, modes, engines)
@@ -70,12 +71,15 @@ def _build(
     groups = virtual_groups(cluster, config.pp, dp=config.dp, tp=config.tp, ranks_per_node=config.ranks_per_node)
     graphs = capture_graphs(parts, 0, on_progress)
     captures = [None if graphs is None else Capture(graphs, place) for place in virtual_together(cluster)]
-    return [
-        build_engine(
-            parts, rank, own, owner=owner if rank.rank == 0 else None, capture=capture, on_progress=on_progress
-        )
-        for rank, own, capture in zip(ProcessMesh.enumerate(**mesh), groups, captures, strict=True)
-    ]
+    try:
+        return [
+            build_engine(
+                parts, rank, own, owner=owner if rank.rank == 0 else None, capture=capture, on_progress=on_progress
+            )
+            for rank, own, capture in zip(ProcessMesh.enumerate(**mesh), groups, captures, strict=True)
+        ]
+    finally:
+        parts.source.end_sharing()
 
 
 def _run(cluster: VirtualCluster, modes: ExitStack, engines: list[RankEngine], owner: RequestOwner) -> None:

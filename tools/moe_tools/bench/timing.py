@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -22,14 +23,20 @@ class Timing:
     graph: bool
 
 
-def measure(contenders: Mapping[str, Callable[[], object]], *, turns: int = 30, warmups: int = 3) -> dict[str, Timing]:
+Run = Callable[[], object]
+
+
+def measure(
+    contenders: Mapping[str, Run], *, turns: int = 30, warmups: int = 3, optional: Collection[str] = ()
+) -> dict[str, Timing]:
     """Time every contender `turns` times on the current CUDA device, one after the other in each turn.
 
     A contender is captured into a CUDA graph, so that launches from Python cost nothing; one that cannot be captured
-    (it waits for the device, say) runs as it is, and its Timing says so.
+    (it waits for the device, say) runs as it is, and its Timing says so. Of the `optional` ones, those that fail are
+    named on standard error and left out.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    runs = {name: _captured(fn, warmups) for name, fn in contenders.items()}
+    runs = _runs(contenders, warmups, optional)
     samples: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
     for _ in range(turns):
         for name, (run, _graph) in runs.items():
@@ -47,7 +54,19 @@ def measure(contenders: Mapping[str, Callable[[], object]], *, turns: int = 30, 
     return timings
 
 
-def _captured(fn: Callable[[], object], warmups: int) -> tuple[Callable[[], object], bool]:
+def _runs(contenders: Mapping[str, Run], warmups: int, optional: Collection[str]) -> dict[str, tuple[Run, bool]]:
+    runs = {}
+    for name, fn in contenders.items():
+        try:
+            runs[name] = _captured(fn, warmups)
+        except Exception as error:  # another library's, and the others are still worth their figures
+            if name not in optional:
+                raise
+            sys.stderr.write(f"{name} is left out: {type(error).__name__}: {error}\n")
+    return runs
+
+
+def _captured(fn: Run, warmups: int) -> tuple[Run, bool]:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -55,6 +74,8 @@ def _captured(fn: Callable[[], object], warmups: int) -> tuple[Callable[[], obje
             fn()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+    if _waits(fn):
+        return fn, False
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -63,3 +84,16 @@ def _captured(fn: Callable[[], object], warmups: int) -> tuple[Callable[[], obje
         torch.cuda.synchronize()
         return fn, False
     return graph.replay, True
+
+
+def _waits(fn: Run) -> bool:
+    """Whether it waits for the device: known beforehand, since a capture that fails leaves the allocator in it."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fn()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
