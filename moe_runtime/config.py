@@ -18,7 +18,7 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 Fp8Weights = Literal["auto", "keep", "dequantize"]
 Device = Literal["cpu", "cuda"]
 Launcher = Literal["auto", "virtual", "process", "torchrun"]
-DispatchName = Literal["local", "all_to_all", "all_gather"]
+DispatchName = Literal["auto", "local", "all_to_all", "all_gather"]
 SharedExperts = Literal["replicated", "dispatched"]
 ReplicaChoice = Literal["static", "round_robin", "nearest"]
 Padding = Literal["auto", "max", "own"]
@@ -150,7 +150,9 @@ class RuntimeConfig:
     launcher: Launcher = setting(
         "auto", "how ranks run; auto: torchrun's where it started us, else virtual (in this process)"
     )
-    dispatch: DispatchName = setting("all_to_all", "how tokens travel to the experts")
+    dispatch: DispatchName = setting(
+        "auto", "how tokens travel to the experts; auto: local where one rank holds them all, else all_to_all"
+    )
     shared_experts: SharedExperts = setting(
         "replicated", "shared experts on every rank, or dispatched as always-chosen experts"
     )

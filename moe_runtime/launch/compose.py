@@ -54,6 +54,8 @@ def compose(words: Sequence[str], *, torchrun: TorchrunEnv | None = None, report
     model = load_config(path)
     topology = _topology(values, model, torchrun, report)
     values |= {name: getattr(topology, name) for name in ("ep", "tp", "dp", "pp", "ranks_per_node")}
+    if values["dispatch"] == "auto":
+        values["dispatch"] = "local" if topology.ep == 1 else "all_to_all"
     config = replace(build_config(values), launcher=topology.launcher)
     for problem in conflicts(config, model, has_weights=path.is_dir()):
         report(problem)

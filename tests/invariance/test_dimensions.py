@@ -156,7 +156,7 @@ def test_another_order_of_sums_is_noticed(base: Base, monkeypatch: pytest.Monkey
         return unpermute(y, row_of.gather(1, order), weights.gather(1, order))
 
     monkeypatch.setattr(all_to_all, "unpermute", by_slot)
-    got = run(base.folder, [base.prompts], [INVARIANT, "ep=1"], new_tokens=NEW_TOKENS)
+    got = run(base.folder, [base.prompts], [INVARIANT, "dispatch=all_to_all"], new_tokens=NEW_TOKENS)
     assert_close(got, base.answers[1], tolerance=1e-4)
     with pytest.raises(pytest.fail.Exception, match="logits differ"):
         assert_same_bits(got, base.answers[1])

@@ -33,6 +33,19 @@ def test_defaults() -> None:
     assert run.model_path == data_path("models", "demo")
 
 
+@pytest.mark.parametrize(
+    ("words", "dispatch"),
+    [
+        ([], "local"),
+        (["ep=8"], "all_to_all"),
+        (["dispatch=all_to_all"], "all_to_all"),
+        (["ep=8", "dispatch=all_gather"], "all_gather"),
+    ],
+)
+def test_dispatch_follows_the_mesh_unless_given(words: list[str], dispatch: str) -> None:
+    assert compose(words).config.dispatch == dispatch
+
+
 def test_preset_wins_over_defaults_and_loses_to_the_command_line() -> None:
     preset = compose(["preset=v3_prefill_ep32"]).config
     assert (preset.ep, preset.tp, preset.dp, preset.placement.num_redundant_experts) == (32, 4, 8, 32)
@@ -142,7 +155,7 @@ BAD = [
     (["device=null"], "device=null: must be one of cpu, cuda."),
     (["ep=-1"], "ep=-1: must be at least 1. Nearest: ep=1."),
     (["dtype=fp32"], "dtype=fp32: must be one of auto, float32, bfloat16. Did you mean 'float32'?"),
-    (["dispatch=all2all"], "must be one of local, all_to_all, all_gather. Did you mean 'all_to_all'?"),
+    (["dispatch=all2all"], "must be one of auto, local, all_to_all, all_gather. Did you mean 'all_to_all'?"),
     (["engine.prefix_caching=yes"], "engine.prefix_caching=yes: must be true or false."),
     (["engine.kv_cache_bytes=much"], "or a size such as 512MiB"),
     (["prompts="], "prompts=(nothing): must be a text"),

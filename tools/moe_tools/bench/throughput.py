@@ -64,7 +64,7 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
     common += ["--prompts", str(args.prompts), "--prompt-tokens", str(args.prompt_tokens)]
     common += ["--new-tokens", str(args.new_tokens)]
     if args.ep == 1:
-        mine = ["moe_runtime", *common, "--threads", str(args.threads), "--override", "dispatch=local"]
+        mine = ["moe_runtime", *common, "--threads", str(args.threads)]
         found = [Contender("moe_runtime", mine)]
         for experts in args.experts:
             theirs = ["transformers", *common, "--threads", str(args.threads), "--experts", experts]
