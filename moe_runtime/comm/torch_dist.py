@@ -86,6 +86,11 @@ class TorchCommunicator:
     def ranks(self) -> tuple[int, ...]:
         return self._lines.ranks
 
+    @property
+    def device_group(self) -> dist.ProcessGroup | None:
+        """The NCCL group of these ranks, for libraries that bring kernels of their own; None where tensors are on CPUs."""
+        return self._lines.device.group if isinstance(self._lines.device, NcclWire) else None
+
     def guarded(self, label: str, wait: Callable[[], T]) -> T:
         """`wait()` with a name: what torch raises becomes a CommunicationError that says who is where."""
         whereabouts = self._process.whereabouts

@@ -126,6 +126,10 @@ class NcclWire:
         self._link = link
         self._size = size
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self._link.group
+
     def all_reduce(self, x: Tensor) -> Started:
         out = x.clone(memory_format=torch.contiguous_format)
         return _begun(dist.all_reduce(out, group=self._link.group, async_op=True)), lambda: out

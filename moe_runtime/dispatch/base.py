@@ -55,7 +55,8 @@ class GroupedRows:
     """Contiguous rows sorted by local slot (prefill).
 
     `data [R, H]`; `psum [E] int32`: end of slot e's rows; slot e+1 starts at `psum[e]` rounded up to `alignment`.
-    Rows between the slots and past `psum[-1]` are no one's: a backend may make room for more rows than it receives.
+    Rows between the slots and past `psum[-1]` are no one's and may hold anything, NaN too: a backend may make room for
+    more rows than it receives.
     `weights [R] fp32`, only where the backend wants them applied before combine. `expected_rows`: the mean per slot,
     where R says little of it; it may choose tiles, never results.
     """
@@ -72,7 +73,8 @@ class GroupedRows:
 class PaddedRows:
     """`data [E, C, H]`, of which the first `counts[e]` (`counts [E] int32`) rows are real (decode).
 
-    `weights [E, C] fp32` and `expected_rows` as in GroupedRows; `scales [E, C, ceil(H/128)] fp32` where data is fp8.
+    The others are no one's and may hold anything, NaN too; C may exceed every count. `weights [E, C] fp32` and
+    `expected_rows` as in GroupedRows; `scales [E, C, ceil(H/128)] fp32` where data is fp8.
     """
 
     data: Tensor
@@ -95,11 +97,13 @@ class Capabilities:
     """Bound on |y - local| / max|local| in fp32 where `sums_at_home` is false; else 0."""
     layouts: tuple[Layout, ...]
     counts_on_host: bool
+    """Some dispatch waits on the host for its counts."""
     graph_safe: bool
+    """Decode steps can be captured as CUDA graphs."""
     dedups_per_rank: bool = False
-    hidden_multiple: int = 1
-    max_top_k: int | None = None
-    max_capacity: int | None = None
+    """A token crosses once to a rank that holds several of its experts."""
+    keeps_order: bool = True
+    """Rows of a slot stand in order of source rank, then token."""
 
 
 class Dispatcher(Protocol[H]):
