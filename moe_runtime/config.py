@@ -18,11 +18,13 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 Fp8Weights = Literal["auto", "keep", "dequantize"]
 Device = Literal["cpu", "cuda"]
 Launcher = Literal["auto", "virtual", "process", "torchrun"]
-DispatchName = Literal["auto", "local", "all_to_all", "all_gather"]
+DispatchName = Literal["auto", "local", "all_to_all", "all_gather", "deep_ep", "nvshmem"]
 SharedExperts = Literal["replicated", "dispatched"]
 ReplicaChoice = Literal["static", "round_robin", "nearest"]
 Padding = Literal["auto", "max", "own"]
 CudaGraphs = Literal["auto", "on", "off"]
+TwoBatchOverlap = Literal["auto", "on", "off"]
+KvCacheDtype = Literal["auto", "fp8"]
 
 _MAX_SEED = 2**63 - 1
 
@@ -41,7 +43,7 @@ class EngineConfig:
     """Limits and modes of the engine. Token, sequence and cache limits hold for each DP group."""
 
     batch_invariant: bool = setting(
-        False, "bits that no batch, placement or ep changes (for one tp; all_gather: one ep); slower"
+        False, "bits that no batch, placement or ep changes (for one tp; all_gather, deep_ep: one ep); slower"
     )
     max_num_batched_tokens: int = setting(
         2048, "most tokens of one step and DP group; longer prompts run in chunks", minimum=1
@@ -64,6 +66,9 @@ class EngineConfig:
         minimum=1,
         size_in_bytes=True,
     )
+    kv_cache_dtype: KvCacheDtype = setting(
+        "auto", "cached latents: auto: in the computation's dtype, fp8: e4m3 with a scale per row and 128 values"
+    )
     prefix_caching: bool = setting(True, "reuse cached pages of equal prompt beginnings")
     padding: Padding = setting(
         "auto", "token rows of a DP group: max: as many as the largest, own: its own; auto: the graph's, else own"
@@ -74,9 +79,16 @@ class EngineConfig:
     cuda_graph_sizes: tuple[int, ...] | None = setting(
         None, "rows of a DP group to capture, e.g. [1,2,4,8]; null: 1, 2, 4, 8, 16, 24, … up to max_num_seqs"
     )
-    dispatch_buffer_bytes: int = setting(
-        256 * 2**20,
-        "most bytes that a rank receives in one dispatch; larger steps run in chunks",
+    two_batch_overlap: TwoBatchOverlap = setting(
+        "auto", "cut large steps into two micro-batches: one computes while the other's tokens travel; auto: over NCCL"
+    )
+    two_batch_tokens: int = setting(
+        512, "rows of the largest DP group from which on steps with prompt tokens are cut in two", minimum=2
+    )
+    two_batch_decode_tokens: int = setting(32, "the same for steps without prompt tokens", minimum=2)
+    dispatch_buffer_bytes: int | None = setting(
+        None,
+        "most bytes of a rank for one dispatch; larger steps run in chunks; null: 256MiB on cpu, 4GiB on cuda",
         minimum=1,
         size_in_bytes=True,
     )
@@ -151,7 +163,10 @@ class RuntimeConfig:
         "auto", "how ranks run; auto: torchrun's where it started us, else virtual (in this process)"
     )
     dispatch: DispatchName = setting(
-        "auto", "how tokens travel to the experts; auto: local where one rank holds them all, else all_to_all"
+        "auto", "how tokens travel to the experts; auto: by size and by what is installed (job=doctor says why)"
+    )
+    decode_dispatch: DispatchName | None = setting(
+        None, "the same for steps without prompt tokens; null: as dispatch, and with dispatch=auto the faster"
     )
     shared_experts: SharedExperts = setting(
         "replicated", "shared experts on every rank, or dispatched as always-chosen experts"

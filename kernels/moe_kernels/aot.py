@@ -16,12 +16,15 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-MODULES: Final = ("norm", "quant", "gate", "permute", "swiglu", "rope", "latent", "mla", "grouped_gemm", "experts")
+MODULES: Final = (
+    *("norm", "quant", "gate", "permute", "put_rows", "swiglu", "rope", "latent", "mla"),
+    *("grouped_gemm", "experts"),
+)
 """Packages of `moe_kernels` whose `triton.py` has `aot_cases`."""
 
 MAX_SHARED_BYTES: Final = 232_448
@@ -50,6 +53,8 @@ class AotCase:
     max_registers: int = 255
     max_spill_bytes: int = 0
     max_shared_bytes: int = MAX_SHARED_BYTES
+    linked: Mapping[str, str] = field(default_factory=dict)
+    """Device libraries to link with: name -> path of the bitcode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,13 @@ def compile_case(case: AotCase) -> Resources:
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constants), attrs=attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fp_fusion}
+    options: dict[str, Any] = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.fp_fusion,
+    }
+    if case.linked:
+        options["extern_libs"] = dict(case.linked)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
     registers, spilled = _usage(cubin)

@@ -45,10 +45,14 @@ class YarnConfig:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Blocks:
-    """An FP8 (e4m3) checkpoint: one fp32 `weight_scale_inv` per block of `rows x columns` weights."""
+    """An FP8 (e4m3) checkpoint: one fp32 `weight_scale_inv` per block of `rows x columns` weights.
+
+    `ue8m0`: the scales are powers of two, and the model wants those of its activations to be such too (V3.1).
+    """
 
     rows: int = 128
     columns: int = 128
+    ue8m0: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,10 +147,11 @@ def _read_quantization(keys: ObjectReader) -> Fp8Blocks | None:
     remedy = "use the FP8 checkpoint as published, or a bf16 conversion without quantization_config"
     quantization.choice("quant_method", ["fp8"])
     quantization.require("fmt", "e4m3", because=remedy)
-    # scale_fmt "ue8m0": the fp32 scales are powers of two. Which modules are quantised is seen from the files.
-    quantization.ignore("activation_scheme", "scale_fmt", "modules_to_not_convert", "dequantize")
+    # Which modules are quantised is seen from the files.
+    quantization.ignore("activation_scheme", "modules_to_not_convert", "dequantize")
+    ue8m0 = quantization.has("scale_fmt") and quantization.choice("scale_fmt", ["ue8m0"]) == "ue8m0"
     block = quantization.integers("weight_block_size")
     if block != (128, 128):
         quantization.fail("weight_block_size", f"only [128, 128] is supported: {remedy}.")
     quantization.finish()
-    return Fp8Blocks(rows=block[0], columns=block[1])
+    return Fp8Blocks(rows=block[0], columns=block[1], ue8m0=ue8m0)

@@ -24,10 +24,12 @@ _ROW_UNIT: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class KeptFp8:
-    """`parts` that stay in FP8; `notice`: those that could not and why, one line, or None."""
+    """`parts` that stay in FP8; `notice`: those that could not and why, one line, or None; `ue8m0`: what they multiply
+    is rounded to FP8 with scales that are powers of two."""
 
     parts: frozenset[Part] = frozenset()
     notice: str | None = None
+    ue8m0: bool = False
 
 
 def kept_fp8(config: ModelConfig, *, keep: bool, tp: int, shared_dispatched: bool) -> KeptFp8:
@@ -38,7 +40,7 @@ def kept_fp8(config: ModelConfig, *, keep: bool, tp: int, shared_dispatched: boo
     for part, problem in _problems(config, tp, shared_dispatched=shared_dispatched):
         problems.setdefault(part, problem)
     notice = f"dequantised when loaded: {'; '.join(problems.values())}" if problems else None
-    return KeptFp8(_PARTS - problems.keys(), notice)
+    return KeptFp8(_PARTS - problems.keys(), notice, config.quantization.ue8m0)
 
 
 def _problems(config: ModelConfig, tp: int, *, shared_dispatched: bool) -> Iterator[tuple[Part, str]]:

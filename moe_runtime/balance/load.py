@@ -13,8 +13,10 @@ class LoadRecorder:
     """Counts on the device, of one rank's real tokens; sum over ranks for the whole load."""
 
     def __init__(self, num_layers: int, num_logical: int, *, device: torch.device | str = "cpu") -> None:
-        # One entry more than experts: padding rows carry id -1, which wraps to it.
-        self._counts = torch.zeros(num_layers, num_logical + 1, dtype=torch.int64, device=device)
+        # One entry more than experts: padding rows carry id -1, which wraps to it. Rows start at multiples of 16 bytes:
+        # a kernel is compiled once for aligned addresses and once more for others.
+        entries = num_logical + 1
+        self._counts = torch.zeros(num_layers, entries + entries % 2, dtype=torch.int64, device=device)[:, :entries]
         self._received = torch.zeros(num_layers, dtype=torch.int64, device=device)
 
     def record(self, layer: int, routing: LogicalRouting) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from moe_runtime.cli.console import Console, count, open_console
+from moe_runtime.cli.dispatch_report import show_dispatch
 from moe_runtime.cli.next_command import next_command
 from moe_runtime.cli.prompts import OWN_PROMPTS, check_output, read_prompts
 from moe_runtime.errors import ConfigError, MoeRuntimeError, RequestError
@@ -20,15 +21,16 @@ from moe_runtime.launch.env import TorchrunEnv
 from moe_runtime.launch.graphs import graph_bytes, graphs_mode
 from moe_runtime.launch.kernels import kernel_report, triton_state
 from moe_runtime.launch.placing import expert_placement, num_dispatched_shared
+from moe_runtime.launch.shuffle import (
+    buffer_cap,
+)
 from moe_runtime.launch.sizing import (
     cache_size,
     compute_dtype,
-    dispatch_bytes,
     expert_dtype,
     format_bytes,
     kept_weights,
     max_model_len,
-    max_num_seqs,
     process_bytes,
     rotary_bytes,
     weight_bytes,
@@ -94,7 +96,7 @@ def _report(console: Console, composed: Composed) -> None:
     _show_ranks(console, composed, placement)
     _show_experts(console, composed, placement)
     _show_bytes(console, composed, placement)
-    _show_dispatch(console, composed, placement)
+    show_dispatch(console, composed, placement)
     _show_kernels(console, composed)
 
 
@@ -194,15 +196,16 @@ def _show_bytes(console: Console, composed: Composed, placement: ExpertPlacement
         console.pairs("bytes of rank 0", rows)
         return  # among the problems
     length = max_model_len(config.engine, model)
+    in_fp8 = ", latents in FP8 with scales" if config.engine.kv_cache_dtype == "fp8" else ""
     rows += [
-        ("KV per token", f"{format_bytes(cache.bytes_per_token)} over {model.num_layers} layers"),
+        ("KV per token", f"{format_bytes(cache.bytes_per_token)} over {model.num_layers} layers{in_fp8}"),
         (
             "KV cache",
             f"{format_bytes(cache.num_bytes)}: {cache.num_pages} pages of {cache.page_size} = {cache.num_tokens} "
             f"tokens, {cache.num_tokens / length:.1f} sequences of {length}",
         ),
         ("rotary table", format_bytes(rotary_bytes(config.engine, model))),
-        ("dispatch buffers", f"at most {format_bytes(config.engine.dispatch_buffer_bytes)}"),
+        ("dispatch buffers", f"at most {format_bytes(buffer_cap(config))}"),
         *_graph_rows(composed),
     ]
     if virtual:
@@ -220,38 +223,6 @@ def _graph_rows(composed: Composed) -> Iterator[tuple[str, str]]:
         held = format_bytes(graph_bytes(composed.config, composed.model, sizes))
         pool = f"a pool that fits one step of {sizes[-1]} rows, known once it is captured"
         yield "decode graphs", f"{held} of page tables and logits; beside it {pool}"
-
-
-def _show_dispatch(console: Console, composed: Composed, placement: ExpertPlacement) -> None:
-    config, model = composed.config, composed.model
-    itemsize, cap = compute_dtype(config, model).itemsize, config.engine.dispatch_buffer_bytes
-    top_k = model.num_experts_per_tok + num_dispatched_shared(config, model)
-    one = dispatch_bytes(config, model, num_local_slots=placement.num_local, tokens=1, itemsize=itemsize)
-    chunk = max(1, cap // one)
-    rows = [
-        ("backend", f"{config.dispatch}, top-{top_k}, rows of {format_bytes(model.hidden_size * itemsize)}"),
-        ("chunk", f"{chunk} tokens per rank in one dispatch, within engine.dispatch_buffer_bytes={format_bytes(cap)}"),
-    ]
-    for phase, tokens in (("decode", max_num_seqs(config.engine)), ("prefill", config.engine.max_num_batched_tokens)):
-        mine = -(-tokens // config.tp)
-        need = format_bytes(one * mine)
-        rows.append(
-            (
-                phase,
-                f"{mine} tokens per rank: up to {need} received at worst, in {count(-(-mine // chunk), 'chunk')}",
-            )
-        )
-    rows.append(("graphs", _graphs(composed)))
-    console.pairs("dispatch", rows)
-
-
-def _graphs(composed: Composed) -> str:
-    try:
-        found = graphs_mode(composed.config, composed.model)
-    except ConfigError:
-        return "asked for, impossible: see below"
-    sizes = f": {', '.join(map(str, found.sizes))}" if found.sizes else ""
-    return f"{found.mode}: {found.reason}{sizes}"
 
 
 def _show_kernels(console: Console, composed: Composed) -> None:

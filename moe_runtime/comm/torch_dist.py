@@ -88,7 +88,7 @@ class TorchCommunicator:
 
     @property
     def device_group(self) -> dist.ProcessGroup | None:
-        """The NCCL group of these ranks, for libraries that bring kernels of their own; None where tensors are on CPUs."""
+        """The NCCL group of these ranks, for libraries with kernels of their own; None where tensors are on CPUs."""
         return self._lines.device.group if isinstance(self._lines.device, NcclWire) else None
 
     def guarded(self, label: str, wait: Callable[[], T]) -> T:

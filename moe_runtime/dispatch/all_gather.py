@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from moe_kernels.permute import unpermute
+from moe_kernels.scaled import BlockScaled
 from torch import Tensor
 from torch.nn.functional import pad
 
 from moe_runtime.comm.base import Communicator
 from moe_runtime.dispatch.base import Capabilities, DispatchStep, Layout, Rows
 from moe_runtime.dispatch.rows import RowLayout, wire_order
+from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.types import NOWHERE, Pending, PhysicalRouting
 
 ROUTE_BYTES = 8
@@ -85,9 +87,13 @@ class AllGatherDispatcher:
         return _Gathering(self, tokens, routes, step.capacity, x.shape[0])
 
     def combine_begin(self, y: Tensor, handle: Handle) -> Pending[Tensor]:
+        sums = self._ep.reduce_scatter_begin(self.partial_sums(y, handle))
+        return _Scattering(sums, handle.num_tokens, y.dtype)
+
+    def partial_sums(self, y: Tensor, handle: Handle) -> Tensor:
+        """This rank's share of all gathered tokens' sums, `[S*C, H] fp32`."""
         if isinstance(handle, SortedHandle):
-            partial = unpermute(y, handle.row_of, handle.weights, out_dtype=torch.float32)
-            return _Scattering(self._ep.reduce_scatter_begin(partial), handle.num_tokens, y.dtype)
+            return unpermute(y, handle.row_of, handle.weights, out_dtype=torch.float32)
         terms = wire_order(y, handle.position).float() * handle.weights
         partial = terms.new_zeros(self._ep.size * handle.capacity, y.shape[-1])
         if partial.is_cuda:
@@ -95,11 +101,11 @@ class AllGatherDispatcher:
             partial.index_put_((handle.token_of,), terms, accumulate=True)
         else:
             partial.index_add_(0, handle.token_of, terms)
-        return _Scattering(self._ep.reduce_scatter_begin(partial), handle.num_tokens, y.dtype)
+        return partial
 
     def close(self) -> None: ...
 
-    def _sort(self, tokens: Tensor, routes: Tensor, num_tokens: int) -> tuple[Rows, Handle]:
+    def _sort(self, tokens: Tensor | BlockScaled, routes: Tensor, num_tokens: int) -> tuple[Rows, Handle]:
         """The rows of this rank's slots, sorted by slot, then token, on the device."""
         top_k, num_slots = routes.shape[1] // 2, self._rows.num_slots
         slots = routes[:, :top_k] - self._first  # int64; other ranks' lie outside 0..E-1
@@ -114,10 +120,14 @@ class AllGatherDispatcher:
         rows, row_of = self._rows.sort(tokens, slots, expected_rows=mean)
         return rows, SortedHandle(row_of, weights.contiguous(), num_tokens)
 
-    def _select(self, tokens: Tensor, routes: Tensor, capacity: int, num_tokens: int) -> tuple[Rows, Handle]:
-        """The rows of this rank's slots, sorted by slot, then token."""
+    def select(
+        self, tokens: Tensor | BlockScaled, routes: Tensor, capacity: int, num_tokens: int
+    ) -> tuple[Rows, Handle]:
+        """The rows of this rank's slots, sorted by slot, then token, out of all ranks' `tokens [S*C, H]` with their
+        `routes [S*C, 2K] int32`: slots, then weights. In fp8 only where rows stay on the device."""
         if self._stays:
             return self._sort(tokens, routes, num_tokens)
+        assert isinstance(tokens, Tensor), "rows in fp8 are sorted on the device"
         top_k, num_slots = routes.shape[1] // 2, self._rows.num_slots
         slots = routes[:, :top_k] - self._ep.rank * num_slots
         mine = ((slots >= 0) & (slots < num_slots)).nonzero()
@@ -132,11 +142,12 @@ class AllGatherDispatcher:
         return rows, AllGatherHandle(token_of, weights, capacity, num_tokens, position)
 
 
-def receive_bytes(*, ep: int, rows: RowLayout, tokens: int, row_bytes: int, top_k: int) -> int:
+def buffer_bytes(spec: DispatchSpec) -> int:
     """All tokens with their routing, the rows of this rank's slots, and a second copy of these where there are gaps."""
-    per_token = min(top_k, rows.num_slots)
-    total = ep * tokens * (row_bytes + ROUTE_BYTES * top_k + per_token * row_bytes)
-    return total if rows.dense else total + rows.worst_bytes(ep * tokens, per_token, row_bytes)
+    rows, tokens = spec.rows, spec.ep * spec.max_tokens
+    per_token = min(spec.top_k, rows.num_slots)
+    total = tokens * (spec.row_bytes + ROUTE_BYTES * spec.top_k + per_token * spec.row_bytes)
+    return total if rows.dense else total + rows.worst_bytes(tokens, per_token, spec.row_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +161,7 @@ class _Gathering:
     num_tokens: int
 
     def wait(self) -> tuple[Rows, Handle]:
-        return self.dispatcher._select(self.tokens.wait(), self.routes.wait(), self.capacity, self.num_tokens)
+        return self.dispatcher.select(self.tokens.wait(), self.routes.wait(), self.capacity, self.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)

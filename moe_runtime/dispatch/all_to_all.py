@@ -1,4 +1,7 @@
-"""Dispatch by variable all-to-all: counts first, then rows; unweighted rows come back and are summed at home.
+"""Dispatch by all-to-all; unweighted rows come back and are summed at home.
+
+Counts first, then rows. Where the kernels are Triton's, decode steps take equal blocks instead (`equal_split.py`): more
+bytes, fixed shapes, and no count on the host.
 
 T tokens, H hidden, K top-k, R received rows, S = ep sources, E local slots, P = S·E physical slots.
 """
@@ -13,12 +16,16 @@ from moe_kernels.permute import unpermute
 from torch import Tensor
 
 from moe_runtime.comm.base import Communicator
-from moe_runtime.dispatch.base import Capabilities, DispatchStep, Layout, Rows
+from moe_runtime.dispatch.base import Capabilities, DispatchStep, Layout, Phase, Rows
+from moe_runtime.dispatch.equal_split import EqualSplit, EqualSplitHandle
 from moe_runtime.dispatch.rows import RowLayout, send_order, wire_order
+from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.types import Pending, PhysicalRouting
 
 COUNT_BYTES = 8
 """Rows per slot travel as int64."""
+SLOT_BYTES = 4
+"""In equal blocks each row's slot travels as int32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +39,11 @@ class AllToAllHandle:
     position: Tensor | None
 
 
+Handle = AllToAllHandle | EqualSplitHandle
+
+
 class AllToAllDispatcher:
-    """`Dispatcher[AllToAllHandle]` over any communicator; bitwise equal to `local`."""
+    """`Dispatcher[Handle]` over any communicator; bitwise equal to `local`."""
 
     def __init__(self, ep: Communicator, rows: RowLayout, *, device: torch.device | str = "cpu") -> None:
         """`rows`: those of each rank."""
@@ -41,18 +51,26 @@ class AllToAllDispatcher:
         self._rows = rows
         self._bounds = torch.arange(ep.size * rows.num_slots + 1, device=device)
         self._even = [rows.num_slots] * ep.size
+        self._equal = EqualSplit(ep, rows) if rows.stays_on(self._bounds.device) else None
 
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            sums_at_home=True, tolerance=0.0, layouts=tuple(Layout), counts_on_host=True, graph_safe=False
+            sums_at_home=True,
+            tolerance=0.0,
+            layouts=tuple(Layout),
+            counts_on_host=True,
+            graph_safe=self._equal is not None,
         )
 
-    def dispatch_begin(
-        self, x: Tensor, routing: PhysicalRouting, step: DispatchStep
-    ) -> Pending[tuple[Rows, AllToAllHandle]]:
+    def dispatch_begin(self, x: Tensor, routing: PhysicalRouting, step: DispatchStep) -> Pending[tuple[Rows, Handle]]:
         """Returns with the rows on their way: their counts are exchanged while the rows are sorted."""
         step.check(x)
+        if self._equal is not None and step.phase is not Phase.MIXED:
+            return self._equal.dispatch_begin(x, routing, step)
+        return self._by_counts(x, routing)
+
+    def _by_counts(self, x: Tensor, routing: PhysicalRouting) -> _Arriving:
         order = send_order(routing.expert_ids, self._bounds)
         counting = self._ep.all_to_all_begin(order.counts, self._even, self._even)
         sent = self._per_rank(order.counts)
@@ -62,7 +80,10 @@ class AllToAllDispatcher:
         wire = self._ep.all_to_all_begin(rows, sent, received)
         return _Arriving(self, wire, counts, order.row_of, routing.weights, sent, received)
 
-    def combine_begin(self, y: Tensor, handle: AllToAllHandle) -> Pending[Tensor]:
+    def combine_begin(self, y: Tensor, handle: Handle) -> Pending[Tensor]:
+        if isinstance(handle, EqualSplitHandle):
+            assert self._equal is not None, "a handle of another dispatcher"
+            return self._equal.combine_begin(y, handle)
         wire = self._ep.all_to_all_begin(wire_order(y, handle.position), handle.received, handle.sent)
         return _Returning(wire, handle)
 
@@ -77,14 +98,17 @@ class AllToAllDispatcher:
         return self._rows.lay_out(wire, counts.view(-1, self._rows.num_slots))
 
 
-def receive_bytes(*, ep: int, rows: RowLayout, tokens: int, row_bytes: int, top_k: int) -> int:
+def buffer_bytes(spec: DispatchSpec) -> int:
     """All tokens of all ranks come here, each as often as it can: counts, wire rows and, where these are regrouped by
-    slot, the regrouped rows beside them."""
-    per_token = min(top_k, rows.num_slots)
-    total = COUNT_BYTES * ep * rows.num_slots + ep * tokens * per_token * row_bytes
+    slot, the regrouped rows beside them. Equal blocks take the same; the slots of their rows stand for the counts."""
+    rows = spec.rows
+    per_token = min(spec.top_k, rows.num_slots)
+    wire_rows = spec.ep * spec.max_tokens * per_token
+    numbers = max(COUNT_BYTES * spec.ep * rows.num_slots, SLOT_BYTES * wire_rows)
+    total = numbers + wire_rows * spec.row_bytes
     if rows.num_slots == 1 and rows.dense:
         return total
-    return total + rows.worst_bytes(ep * tokens, per_token, row_bytes)
+    return total + rows.worst_bytes(spec.ep * spec.max_tokens, per_token, spec.row_bytes)
 
 
 @dataclass(frozen=True, slots=True)

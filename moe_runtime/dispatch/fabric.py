@@ -1,24 +1,29 @@
-"""What fabrics need from outside: an optional library, and the process group on which an ep group's tensors travel."""
+"""The process group on which an ep group's tensors travel, for libraries that bring kernels of their own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from moe_runtime.comm.base import Communicator
 from moe_runtime.comm.torch_dist import TorchCommunicator
+from moe_runtime.dispatch.missing import Missing
 from moe_runtime.errors import ConfigError
 
+__all__ = ["Missing", "device_group", "no_gpu_per_rank"]
 
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """Why a fabric cannot be used here, and what to do about it; both without a full stop."""
 
-    reason: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.reason}. {self.remedy}."
+def no_gpu_per_rank(device: torch.device, *, virtual: bool) -> Missing | None:
+    """Why ranks as launched cannot use a GPU fabric, or None."""
+    if device.type != "cuda":
+        return Missing(f"device={device.type}, and it needs a GPU per rank", "Set device=cuda, or dispatch=all_to_all")
+    if virtual:
+        return Missing(
+            "all ranks live in one process, and it needs a process per rank",
+            "Launch with torchrun, or set launcher=process or dispatch=all_to_all",
+        )
+    return None
 
 
 def device_group(ep: Communicator, fabric: str) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_runtime.dispatch.base import Capabilities, DispatchStep, Layout, Rows
 from moe_runtime.dispatch.rows import RowLayout, send_order, wire_order
+from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.errors import ConfigError
 from moe_runtime.types import Done, PhysicalRouting
 
@@ -61,6 +62,6 @@ class LocalDispatcher:
     def close(self) -> None: ...
 
 
-def receive_bytes(*, rows: RowLayout, tokens: int, row_bytes: int, top_k: int) -> int:
+def buffer_bytes(spec: DispatchSpec) -> int:
     """Nothing crosses a wire; what counts are the sorted rows."""
-    return rows.worst_bytes(tokens, min(top_k, rows.num_slots), row_bytes)
+    return spec.rows.worst_bytes(spec.max_tokens, min(spec.top_k, spec.rows.num_slots), spec.row_bytes)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from moe_kernels import backends
 from moe_kernels.permute import permute
+from moe_kernels.scaled import BlockScaled
 from torch import Tensor
 
 from moe_runtime.dispatch.base import GroupedRows, Layout, PaddedRows, Rows
@@ -52,13 +53,18 @@ class RowLayout:
     """How a rank lays out the rows of its `num_slots` slots; grouped, a slot starts at a multiple of `alignment`.
 
     `quantize`: the experts multiply in fp8, so bf16 rows that are sorted by a kernel become fp8 on the way (the experts
-    would do it to the same bytes, but for all the room there is).
+    would do it to the same bytes, but for all the room there is); `ue8m0`: with scales that are powers of two.
     """
 
     num_slots: int
     layout: Layout = Layout.GROUPED
     alignment: int = 1
     quantize: bool = False
+    ue8m0: bool = False
+
+    def quantizes(self, x: Tensor) -> bool:
+        """Whether rows like `x` become fp8."""
+        return self.quantize and x.dtype is torch.bfloat16
 
     @property
     def dense(self) -> bool:
@@ -70,12 +76,22 @@ class RowLayout:
         rows on Triton. A padded layout with room for the worst case would hold as many tokens for every slot."""
         return self.layout is Layout.GROUPED and backends.default_backend(device) == "triton"
 
-    def sort(self, x: Tensor, slots: Tensor, *, expected_rows: int | None = None) -> tuple[GroupedRows, Tensor]:
+    def sort(
+        self, x: Tensor | BlockScaled, slots: Tensor, *, expected_rows: int | None = None
+    ) -> tuple[GroupedRows, Tensor]:
         """Where rows stay on the device: `x [T, H]` to `slots [T, K] int64` of this rank (others go nowhere), and the
-        row of each assignment, `[T, K] int64`, -1 for none."""
-        quantize = self.quantize and x.dtype is torch.bfloat16
-        layout = "mn" if quantize else "row"
-        found = permute(x, slots, self.num_slots, alignment=self.alignment, quantize=quantize, scale_layout=layout)
+        row of each assignment, `[T, K] int64`, -1 for none. What came in fp8 stays so."""
+        quantize = isinstance(x, Tensor) and self.quantizes(x)
+        layout = "mn" if quantize or isinstance(x, BlockScaled) else "row"
+        found = permute(
+            x,
+            slots,
+            self.num_slots,
+            alignment=self.alignment,
+            quantize=quantize,
+            ue8m0=self.ue8m0,
+            scale_layout=layout,
+        )
         rows = GroupedRows(found.data, found.psum, self.alignment, scales=found.scale, expected_rows=expected_rows)
         return rows, found.row_of
 

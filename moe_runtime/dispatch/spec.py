@@ -32,6 +32,9 @@ class DispatchSpec:
     """The same for the phases decode and idle."""
     in_flight: int = 1
     """Dispatches under way at once: one per micro-batch."""
+    ranks_per_node: int = 8
+    one_form: bool = False
+    """Steps with prompt tokens and without go the same way, so that a token's bits do not tell its step's mates."""
 
     @property
     def row_bytes(self) -> int:

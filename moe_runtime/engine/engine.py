@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_runtime.balance.load import LoadRecorder
 from moe_runtime.comm.base import Groups
 from moe_runtime.dispatch.base import Phase
+from moe_runtime.dispatch.deferred import DeferredDispatcher
 from moe_runtime.engine.graphs import NO_GRAPHS, GraphCounts, RankGraphs
 from moe_runtime.engine.lockstep import AgreedStep, LockstepLimits, Wish, agree
 from moe_runtime.engine.messages import GroupCommands, TokenResult, decode_results, encode_results
@@ -28,7 +29,7 @@ from moe_runtime.engine.sequence import SequenceState
 from moe_runtime.errors import CommunicationError
 
 _PHASES = tuple(Phase)
-_HEADER = 8
+_HEADER = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ class Leader:
 
 @dataclass(slots=True)
 class RankEngine:
-    """One rank: `serve` runs steps until the owner stops. `graphs`: where decode steps are captured."""
+    """One rank: `serve` runs steps until the owner stops. `graphs`: where decode steps are captured; `fabric`: where
+    the dispatcher has buffers of its own."""
 
     groups: Groups
     runner: Runner
@@ -82,12 +84,17 @@ class RankEngine:
     limits: LockstepLimits
     leader: Leader | None
     graphs: RankGraphs | None = None
+    fabric: DeferredDispatcher | None = None
     _step: int = 0
     _idle: bool = True
     _groups: tuple[SchedulerStats, ...] = ()
 
     def prepare(self) -> None:
-        """Before `serve`, on all ranks: capture the decode steps that are to run as graphs."""
+        """Before `serve`, on all ranks: make the fabric's buffers, capture decode steps that are to run as graphs."""
+        if self.fabric is not None:
+            self.fabric.open()
+            safe = self.graphs is None or self.fabric.capabilities.graph_safe
+            assert safe, "captured, though its dispatcher is not graph-safe"
         if self.graphs is not None:
             self.graphs.capture()
 
@@ -100,6 +107,8 @@ class RankEngine:
         """Steps until the owner says stop."""
         while self.step():
             pass
+        if self.fabric is not None:
+            self.fabric.close()  # all ranks are here
 
     def step(self) -> bool:
         """Agree, plan, run, sample, commit. False after the last step."""
@@ -112,7 +121,7 @@ class RankEngine:
             commands = self._commands(self.leader)
             plan = self.leader.scheduler.plan()
             agreed = self._agree(self.leader, plan)
-            step = self._group_step(agreed)
+            step = GroupStep.of(agreed, self.groups.dp.rank)
             self.groups.tp.share(_encode(step, plan, commands), 0)
         results: list[TokenResult] = []
         if step.phase is not Phase.IDLE:
@@ -158,10 +167,6 @@ class RankEngine:
                 f"step {self._step}: {sum(agreed.outstanding)} tokens are outstanding but no group planned any"
             )
         return agreed
-
-    def _group_step(self, agreed: AgreedStep) -> GroupStep:
-        padded = agreed.padded_tokens[self.groups.dp.rank]
-        return GroupStep(agreed.phase, padded, agreed.capacity, agreed.num_chunks, agreed.chunk_tokens, agreed.graph)
 
     # Sample and commit
 
@@ -239,6 +244,7 @@ def _encode(step: GroupStep, plan: StepPlan, commands: GroupCommands) -> bytes:
         step.num_chunks,
         step.chunk_tokens,
         int(step.graph),
+        step.num_micro_batches,
     ]
     return np.array(header + plan.to_ints(), dtype=np.int64).tobytes()
 
@@ -249,8 +255,8 @@ def _decode(payload: bytes) -> tuple[list[int], StepPlan]:
 
 
 def _group_step(header: Sequence[int]) -> GroupStep:
-    padded, capacity, num_chunks, chunk_tokens, graph = header[3:]
-    return GroupStep(_PHASES[header[2]], padded, capacity, num_chunks, chunk_tokens, bool(graph))
+    padded, capacity, num_chunks, chunk_tokens, graph, micro_batches = header[3:]
+    return GroupStep(_PHASES[header[2]], padded, capacity, num_chunks, chunk_tokens, bool(graph), micro_batches)
 
 
 def _split_rows(plan: StepPlan) -> tuple[list[tuple[int, int, int, int]], list[int]]:

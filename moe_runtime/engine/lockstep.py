@@ -45,38 +45,37 @@ class LockstepLimits:
 
     `graph_sizes`: rows per DP group, ascending multiples of tp, of the decode steps that are captured as graphs.
 
-    `receive_bytes_per_token`: worst case that a rank receives in one dispatch, per token that each rank sends;
-    `receive_bytes_cap` (None = no cap) is engine.dispatch_buffer_bytes. `max_capacity`: the dispatcher's own limit on
-    tokens per rank. ConfigError where not even one token per rank fits.
+    `max_tokens`, `max_decode_tokens`: most tokens per rank that the dispatcher takes at once, of a step with prompts
+    and of one without (None = any number); larger steps take several turns.
+
+    `two_batch_tokens`, `two_batch_decode_tokens`: rows of the largest group from which on a step of either kind is cut
+    into two micro-batches that overlap (None = never).
     """
 
     tp: int = 1
     padding: Padding = Padding.AUTO
     graph_sizes: tuple[int, ...] = ()
-    receive_bytes_per_token: int = 0
-    receive_bytes_cap: int | None = None
-    max_capacity: int | None = None
+    max_tokens: int | None = None
+    max_decode_tokens: int | None = None
+    two_batch_tokens: int | None = None
+    two_batch_decode_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.tp < 1 or (self.max_capacity is not None and self.max_capacity < 1):
-            raise ConfigError(f"tp={self.tp}, max_capacity={self.max_capacity}: both must be at least 1")
+        limits = (self.max_tokens, self.max_decode_tokens)
+        if self.tp < 1 or any(limit is not None and limit < 1 for limit in limits):
+            raise ConfigError(f"tp={self.tp}, most tokens of a dispatch {limits}: all must be at least 1")
         assert list(self.graph_sizes) == sorted(set(self.graph_sizes)), f"graph sizes ascend: {self.graph_sizes}"
         assert not any(size % self.tp for size in self.graph_sizes), f"multiples of {self.tp}: {self.graph_sizes}"
-        if self.receive_bytes_cap is not None and self.receive_bytes_per_token > self.receive_bytes_cap:
-            raise ConfigError(
-                f"engine.dispatch_buffer_bytes={self.receive_bytes_cap}: one token per rank already needs "
-                f"{self.receive_bytes_per_token} bytes "
-                f"(set engine.dispatch_buffer_bytes={self.receive_bytes_per_token} or more)"
-            )
 
-    def chunk_limit(self, capacity: int) -> int:
+    def num_micro_batches(self, rows: int, phase: Phase) -> int:
+        """1 or 2, for a step whose largest group has so many padded rows."""
+        least = self.two_batch_tokens if phase is Phase.MIXED else self.two_batch_decode_tokens
+        return 2 if least is not None and rows >= least and rows > self.tp else 1
+
+    def chunk_limit(self, capacity: int, phase: Phase) -> int:
         """The most tokens per rank that may enter one dispatch, at least 1 and at most `capacity`."""
-        limit = capacity
-        if self.receive_bytes_cap is not None and self.receive_bytes_per_token > 0:
-            limit = min(limit, self.receive_bytes_cap // self.receive_bytes_per_token)
-        if self.max_capacity is not None:
-            limit = min(limit, self.max_capacity)
-        return max(limit, 1)
+        limit = self.max_tokens if phase is Phase.MIXED else self.max_decode_tokens
+        return max(capacity if limit is None else min(limit, capacity), 1)
 
     @property
     def captured_sizes(self) -> tuple[int, ...]:
@@ -89,7 +88,8 @@ class LockstepLimits:
         return size if size is not None and self._in_one_turn(size) else None
 
     def _in_one_turn(self, rows: int) -> bool:
-        return self.chunk_limit(rows // self.tp) == rows // self.tp
+        most = cut_rows(rows, self.num_micro_batches(rows, Phase.DECODE), tp=self.tp)[0] // self.tp
+        return self.chunk_limit(most, Phase.DECODE) == most
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,9 @@ class AgreedStep:
     """The step that all ranks take.
 
     `padded_tokens`: rows per DP group, multiples of tp. `capacity`: the most tokens with which a rank enters the MoE
-    layer, which it takes in `num_chunks` turns of at most `chunk_tokens`. `idle`: groups without real tokens; they run
-    the same code. `outstanding`: the wishes', per group. `graph`: the step is one that all ranks have captured; every
-    group has equal rows.
+    layer in one micro-batch; they take `num_chunks` turns of at most `chunk_tokens`. `idle`: groups without real
+    tokens; they run the same code. `outstanding`: the wishes', per group. `graph`: the step is one that all ranks have
+    captured; every group has equal rows.
     """
 
     step: int
@@ -112,6 +112,16 @@ class AgreedStep:
     num_tokens: int
     outstanding: tuple[int, ...]
     graph: bool = False
+    num_micro_batches: int = 1
+    """Each group's rows are cut by `cut_rows`."""
+
+
+def cut_rows(rows: int, num_micro_batches: int, *, tp: int) -> tuple[int, ...]:
+    """Rows of a group per micro-batch, multiples of tp; the first has as many as the second or tp more."""
+    if num_micro_batches == 1:
+        return (rows,)
+    first = -(-rows // (2 * tp)) * tp
+    return (first, rows - first)
 
 
 def agree(wishes: Sequence[Sequence[int]], *, limits: LockstepLimits) -> AgreedStep:
@@ -133,8 +143,9 @@ def agree(wishes: Sequence[Sequence[int]], *, limits: LockstepLimits) -> AgreedS
         phase = Phase.MIXED
     size = limits.graph_size(max(tokens)) if limits.graph_sizes and phase is Phase.DECODE else None
     padded = _pad(tokens, limits) if size is None else (size,) * len(tokens)
-    capacity = max(padded) // limits.tp
-    chunk_tokens = limits.chunk_limit(capacity)
+    micro_batches = limits.num_micro_batches(max(padded), phase)
+    capacity = cut_rows(max(padded), micro_batches, tp=limits.tp)[0] // limits.tp
+    chunk_tokens = limits.chunk_limit(capacity, phase)
     num_chunks = -(-capacity // chunk_tokens)
     if num_chunks > 1:  # even turns: the last one is not left with a remnant
         chunk_tokens = -(-capacity // num_chunks)
@@ -150,6 +161,7 @@ def agree(wishes: Sequence[Sequence[int]], *, limits: LockstepLimits) -> AgreedS
         num_tokens=total,
         outstanding=outstanding,
         graph=size is not None,
+        num_micro_batches=micro_batches,
     )
 
 

@@ -131,6 +131,7 @@ class RequestOwner:
                 output_tokens_per_s=self._rate.per_second(now),
                 graphs=counts.graphs,
                 num_eager_decode_steps=counts.eager_decode_steps,
+                num_two_batch_steps=counts.two_batch_steps,
             )
 
     @property
@@ -276,6 +277,7 @@ class RequestOwner:
         counts.output_tokens += tokens
         counts.graphs = step.graphs
         counts.eager_decode_steps += step.agreed.phase is Phase.DECODE and not step.agreed.graph
+        counts.two_batch_steps += step.agreed.num_micro_batches > 1
         if step.agreed.num_tokens:
             counts.last_step_s = now - began
             counts.busy_s += counts.last_step_s
@@ -293,4 +295,5 @@ class _Counts:
     busy_s: float = 0.0
     last_step_s: float = 0.0
     graphs: GraphCounts = NO_GRAPHS
+    two_batch_steps: int = 0
     eager_decode_steps: int = 0

@@ -44,6 +44,16 @@ class SequenceChunk(NamedTuple):
     def num_logits(self) -> int:
         return len(self.token_ids) - self.logit_start
 
+    def part(self, first: int, end: int) -> SequenceChunk:
+        """Tokens `first .. end - 1`, with the logits that are wanted of them."""
+        length = end - first
+        return self._replace(
+            start=self.start + first,
+            token_ids=self.token_ids[first:end],
+            sample=self.sample and end == len(self.token_ids),
+            logit_start=min(max(self.logit_start - first, 0), length),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -59,6 +69,23 @@ class StepPlan:
     def num_decode_tokens(self) -> int:
         """Tokens of sequences that take a single generated token each; recomputed ones do not count."""
         return sum([chunk.kind == ChunkKind.DECODE and len(chunk.token_ids) == 1 for chunk in self.chunks])
+
+    def cut(self, num_tokens: int) -> tuple[StepPlan, StepPlan]:
+        """The first `num_tokens` tokens, and the rest; a chunk that lies across is cut."""
+        first: list[SequenceChunk] = []
+        rest: list[SequenceChunk] = []
+        for chunk in self.chunks:
+            length = len(chunk.token_ids)
+            taken = min(length, num_tokens)
+            num_tokens -= taken
+            if taken == length:
+                first.append(chunk)
+            elif not taken:
+                rest.append(chunk)
+            else:
+                first.append(chunk.part(0, taken))
+                rest.append(chunk.part(taken, length))
+        return StepPlan(tuple(first)), StepPlan(tuple(rest))
 
     def to_ints(self) -> list[int]:
         """`[num_chunks, (id, start, kind + 2*sample, logit_start, num_tokens, num_pages, tokens…, pages…)…]`"""

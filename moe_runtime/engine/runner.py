@@ -6,16 +6,17 @@ n group tokens, N padded, D absorbed, G sequences.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
-from moe_kernels.mla import plan_absorbed
+from moe_kernels.mla import LatentCache, plan_absorbed
 from torch import Tensor
 
 from moe_runtime.cache.latent import LatentKVCache
 from moe_runtime.dispatch.base import Phase
+from moe_runtime.engine.lockstep import AgreedStep, cut_rows
 from moe_runtime.engine.plan import PENDING, ChunkKind, SequenceChunk, StepPlan
 from moe_runtime.layers.moe import MoEStep
 from moe_runtime.layers.step import AbsorbedTokens, ExpandedChunk, StepInputs
@@ -29,7 +30,7 @@ class Model(Protocol):
     @property
     def rotary(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]: ...
 
-    def __call__(self, step: StepInputs, caches: tuple[Tensor, ...]) -> Tensor: ...
+    def __call__(self, steps: Sequence[StepInputs], caches: tuple[LatentCache, ...]) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,24 @@ class GroupStep:
     chunk_tokens: int
     graph: bool = False
     """All ranks have captured a step of so many rows."""
+    num_micro_batches: int = 1
+
+    @classmethod
+    def of(cls, agreed: AgreedStep, group: int) -> GroupStep:
+        """As the DP group of this number sees it."""
+        return cls(
+            agreed.phase,
+            agreed.padded_tokens[group],
+            agreed.capacity,
+            agreed.num_chunks,
+            agreed.chunk_tokens,
+            agreed.graph,
+            agreed.num_micro_batches,
+        )
+
+    def rows(self, tp: int) -> tuple[int, ...]:
+        """N of each micro-batch."""
+        return cut_rows(self.padded_tokens, self.num_micro_batches, tp=tp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +80,21 @@ class Runner:
 
     def run(self, plan: StepPlan, step: GroupStep) -> Tensor:
         """`logits [S, V] fp32` of the rows that the plan's chunks ask for, in the plan's order."""
-        return self.model(self.inputs(plan, step), self.cache.layers)
+        return self.model(self.micro_batches(plan, step), self.cache.layers)
 
-    def inputs(self, plan: StepPlan, step: GroupStep) -> StepInputs:
-        """The tensors of this step."""
+    def micro_batches(self, plan: StepPlan, step: GroupStep) -> list[StepInputs]:
+        """The tensors of each micro-batch."""
+        if step.num_micro_batches == 1:
+            return [self.inputs(plan, step)]
+        rows = step.rows(self.tp)
+        plans = plan.cut(rows[0])
+        return [
+            self.inputs(part, replace(step, padded_tokens=count), micro_batch=number)
+            for number, (part, count) in enumerate(zip(plans, rows, strict=True))
+        ]
+
+    def inputs(self, plan: StepPlan, step: GroupStep, *, micro_batch: int = 0) -> StepInputs:
+        """The tensors of a step that is one micro-batch, or of one of its micro-batches."""
         chunks = plan.chunks
         num_tokens = plan.num_tokens
         positions = _positions(chunks, num_tokens)
@@ -85,13 +115,13 @@ class Runner:
             absorbed=self._absorbed(table, sequence, positions, absorbed_count),
             expanded=() if self.one_form else self._expanded(chunks, table),
             logit_rows=self._tensor(_logit_rows(chunks)),
-            moe=self._moe(step, num_tokens),
+            moe=self._moe(step, num_tokens, micro_batch),
         )
 
-    def _moe(self, step: GroupStep, num_tokens: int) -> MoEStep:
+    def _moe(self, step: GroupStep, num_tokens: int, micro_batch: int) -> MoEStep:
         local = step.padded_tokens // self.tp
         real = min(max(num_tokens - self.tp_rank * local, 0), local)
-        return MoEStep(real, step.capacity, step.chunk_tokens, step.num_chunks, step.phase)
+        return MoEStep(real, step.capacity, step.chunk_tokens, step.num_chunks, step.phase, micro_batch)
 
     def _absorbed(self, table: IntArray, sequence: IntArray, positions: IntArray, count: int) -> AbsorbedTokens | None:
         if not count:
@@ -122,7 +152,7 @@ class Runner:
             while end < len(chunks) and _alike(chunks[end], chunk):
                 end += 1
             rows = None
-            if chunk.start:
+            if chunk.start or self.cache.fp8:  # fp8 rows are read as they were rounded, however a prompt is cut
                 position = np.arange(chunk.start + length)
                 size = self.cache.page_size
                 rows = self._tensor(table[at:end, position // size] * size + position % size)

@@ -48,6 +48,8 @@ class EngineSnapshot:
     """CUDA graphs of world rank 0's process, when the last step ended"""
     num_eager_decode_steps: int
     """Decode steps that ran without one"""
+    num_two_batch_steps: int
+    """Steps cut into two micro-batches that overlap"""
 
     @property
     def prefix_hit_rate(self) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from moe_models.base import ModelConfig
@@ -15,13 +16,15 @@ from moe_models.registry import is_mtp_tensor, tensor_specs
 from moe_runtime.balance.load import LoadRecorder
 from moe_runtime.cache.latent import LatentKVCache
 from moe_runtime.cache.pages import PagePool
-from moe_runtime.comm.base import Groups
+from moe_runtime.comm.base import Communicator, Groups
 from moe_runtime.config import RuntimeConfig
-from moe_runtime.dispatch.base import Capabilities
-from moe_runtime.dispatch.factory import make_dispatcher
-from moe_runtime.dispatch.rows import RowLayout
+from moe_runtime.dispatch.base import Dispatcher, Phase
+from moe_runtime.dispatch.deferred import DeferredDispatcher
+from moe_runtime.dispatch.factory import FABRICS, make_dispatcher
+from moe_runtime.dispatch.phased import PhasedDispatcher
 from moe_runtime.engine.engine import Leader, Owner, RankEngine
 from moe_runtime.engine.graphs import ProcessGraphs, RankGraphs
+from moe_runtime.engine.lockstep import LockstepLimits
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.runner import Runner
 from moe_runtime.engine.sampler import Sampler
@@ -33,6 +36,7 @@ from moe_runtime.launch.device import process_device
 from moe_runtime.launch.graphs import Capture, lockstep_limits, process_graphs
 from moe_runtime.launch.memory import enough_memory
 from moe_runtime.launch.placing import expert_placement, num_logical_experts
+from moe_runtime.launch.shuffle import buffer_cap, dispatch_names, dispatch_spec
 from moe_runtime.launch.sizing import (
     CacheSize,
     cache_size,
@@ -160,8 +164,7 @@ def build_engine(
     config, model, engine = parts.config, parts.model, parts.config.engine
     logical = num_logical_experts(config, model)
     recorder = LoadRecorder(len(model.moe_layers), logical, device=parts.device)
-    rows = RowLayout(parts.placement.num_local, quantize="experts" in kept_weights(config, model).parts)
-    dispatcher = make_dispatcher(config.dispatch, groups.ep, rows=rows, device=parts.device)
+    dispatcher = _dispatcher(parts, groups.ep)
     choice = ReplicaChoice(config.placement.replica_choice)
     assembly = Assembly(
         config=model,
@@ -185,20 +188,30 @@ def build_engine(
     cache = _cache(parts, mesh.rank)
     heads = model.num_heads // mesh.tp
     runner = Runner(weights, cache, mesh.tp, mesh.tp_rank, engine.batch_invariant, parts.device, heads)
+    limits = lockstep_limits(config, model, graphs=capture is not None, num_slots=parts.placement.num_local)
     return RankEngine(
         groups=groups,
         runner=runner,
         recorder=recorder,
-        limits=lockstep_limits(
-            config,
-            model,
-            graphs=capture is not None,
-            num_slots=parts.placement.num_local,
-            max_capacity=dispatcher.capabilities.max_capacity,
-        ),
+        limits=limits,
         leader=_leader(parts, owner) if mesh.tp_rank == 0 else None,
-        graphs=_graphs(parts, capture, runner, dispatcher.capabilities, samples=mesh.tp_rank == 0),
+        graphs=_graphs(parts, capture, runner, limits, samples=mesh.tp_rank == 0),
+        fabric=dispatcher if isinstance(dispatcher, DeferredDispatcher) else None,
     )
+
+
+def _dispatcher(parts: ProcessParts, ep: Communicator) -> Dispatcher[Any]:
+    """One for all layers. A fabric's buffers are made when it is opened, outside of every capture."""
+    config, names = parts.config, dispatch_names(parts.config)
+    spec = dispatch_spec(config, parts.model, num_slots=parts.placement.num_local)
+    what = f"dispatch={config.dispatch}: buffers of up to {buffer_cap(config)} bytes on rank {ep.rank}"
+
+    def make() -> Dispatcher[Any]:
+        with enough_memory(parts.device, what, remedy="Lower engine.dispatch_buffer_bytes or engine.kv_cache_bytes."):
+            made = [make_dispatcher(name, ep, spec, device=parts.device) for name in names]
+        return made[0] if len(made) == 1 else PhasedDispatcher(*made)
+
+    return DeferredDispatcher(make) if set(names) & set(FABRICS) else make()
 
 
 def _cache(parts: ProcessParts, rank: int) -> LatentKVCache:
@@ -212,9 +225,11 @@ def _cache(parts: ProcessParts, rank: int) -> LatentKVCache:
             model.num_layers,
             num_pages=size.num_pages,
             page_size=size.page_size,
-            width=model.latent_dim,
+            latent=model.kv_lora_rank,
+            rope=model.qk_rope_head_dim,
             dtype=parts.dtype,
             device=parts.device,
+            fp8=parts.config.engine.kv_cache_dtype == "fp8",
         )
 
 
@@ -228,13 +243,24 @@ def capture_graphs(parts: ProcessParts, rank: int, on_progress: OnProgress) -> P
 
 
 def _graphs(
-    parts: ProcessParts, capture: Capture | None, runner: Runner, capabilities: Capabilities, *, samples: bool
+    parts: ProcessParts,
+    capture: Capture | None,
+    runner: Runner,
+    limits: LockstepLimits,
+    *,
+    samples: bool,
 ) -> RankGraphs | None:
     if capture is None:
         return None
-    assert capabilities.graph_safe, f"dispatch={parts.config.dispatch} is captured, though it is not graph-safe"
     length = max_model_len(parts.config.engine, parts.model)
-    return RankGraphs(capture.process, capture.together, runner, max_model_len=length, keeps_logits=samples)
+    return RankGraphs(
+        capture.process,
+        capture.together,
+        runner,
+        max_model_len=length,
+        keeps_logits=samples,
+        num_micro_batches=partial(limits.num_micro_batches, phase=Phase.DECODE),
+    )
 
 
 def _leader(parts: ProcessParts, owner: Owner | None) -> Leader:

@@ -46,6 +46,7 @@ def compose(words: Sequence[str], *, torchrun: TorchrunEnv | None = None, report
     default and the search for problems goes on; only a model that cannot be found or read ends it (ConfigError).
     """
     from moe_runtime.launch.conflicts import conflicts  # torch, which --help does without
+    from moe_runtime.launch.shuffle import with_dispatch
 
     values = read_tree(keys(), compose_tree(parse_overrides(words, report=report), report=report), report=report)
     from moe_models.registry import load_config
@@ -54,9 +55,10 @@ def compose(words: Sequence[str], *, torchrun: TorchrunEnv | None = None, report
     model = load_config(path)
     topology = _topology(values, model, torchrun, report)
     values |= {name: getattr(topology, name) for name in ("ep", "tp", "dp", "pp", "ranks_per_node")}
-    if values["dispatch"] == "auto":
-        values["dispatch"] = "local" if topology.ep == 1 else "all_to_all"
     config = replace(build_config(values), launcher=topology.launcher)
+    if "auto" in (config.dispatch, config.decode_dispatch):
+        config, why = with_dispatch(config, model)
+        topology = replace(topology, reasons=(*topology.reasons, *why))
     for problem in conflicts(config, model, has_weights=path.is_dir()):
         report(problem)
     return Composed(config, topology, model, path, tuple(words))

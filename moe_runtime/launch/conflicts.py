@@ -10,14 +10,15 @@ import torch
 from moe_models.base import ModelConfig
 
 from moe_runtime.config import PlacementConfig, RuntimeConfig
+from moe_runtime.dispatch.factory import obstacle
 from moe_runtime.engine.request import SamplingParams
 from moe_runtime.errors import ConfigError, RequestError
 from moe_runtime.launch.graphs import graphs_mode
-from moe_runtime.launch.placing import num_dispatched_shared, num_local_slots
+from moe_runtime.launch.placing import num_local_slots
+from moe_runtime.launch.shuffle import dispatch_names, dispatch_spec, whole_spec
 from moe_runtime.launch.sizing import (
     cache_size,
     compute_dtype,
-    dispatch_bytes,
     format_bytes,
     process_bytes,
 )
@@ -32,10 +33,6 @@ def conflicts(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -
         yield ConfigError("shared_experts=dispatched: the model has no shared experts. Set shared_experts=replicated.")
     if has_weights:
         yield from _device(config)
-    if config.dispatch == "local" and config.ep > 1:
-        yield ConfigError(
-            f"dispatch=local: reaches the experts of one rank, and ep={config.ep}. Set dispatch=all_to_all."
-        )
     yield from _sampling(config)
     yield from _lengths(config, model)
     if config.placement.file is not None and config.placement.num_redundant_experts:
@@ -48,6 +45,8 @@ def conflicts(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -
     except ConfigError as error:
         yield error
         slots = num_local_slots(replace(config, placement=PlacementConfig()), model)  # to look for further problems
+    yield from _dispatch(config, model, slots, has_weights=has_weights)
+    yield from _invariance(config)
     yield from _memory(config, model, slots, has_weights=has_weights)
     yield from _graphs(config, model)
 
@@ -55,6 +54,27 @@ def conflicts(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -
 def _device(config: RuntimeConfig) -> Iterator[ConfigError]:
     if config.device == "cuda" and not torch.cuda.is_available():
         yield ConfigError("device=cuda: this machine or this torch build has no CUDA device. Set device=cpu.")
+
+
+def _dispatch(config: RuntimeConfig, model: ModelConfig, slots: int, *, has_weights: bool) -> Iterator[ConfigError]:
+    """A shape without weights may name a backend that this machine lacks: only its limits count."""
+    spec, device = whole_spec(config, model, num_slots=slots), torch.device(config.device)
+    for key, name in (("dispatch", config.dispatch), ("decode_dispatch", config.decode_dispatch)):
+        if name == "auto" or (key == "decode_dispatch" and name is None):
+            continue
+        virtual = config.launcher == "virtual"
+        missing = obstacle(str(name), spec, device=device, virtual=virtual, limits_only=not has_weights)
+        if missing is not None:
+            yield ConfigError(f"{key}={name}: {missing}")
+
+
+def _invariance(config: RuntimeConfig) -> Iterator[ConfigError]:
+    names = dispatch_names(config)
+    if config.engine.batch_invariant and len(names) > 1 and not set(names) <= {"local", "all_to_all"}:
+        yield ConfigError(
+            f"decode_dispatch={names[1]} with dispatch={names[0]}: they round in their own ways, and under "
+            "engine.batch_invariant a token's bits must not tell its step's mates. Leave decode_dispatch out."
+        )
 
 
 def _graphs(config: RuntimeConfig, model: ModelConfig) -> Iterator[ConfigError]:
@@ -85,14 +105,10 @@ def _memory(
     config: RuntimeConfig, model: ModelConfig, num_local_slots: int, *, has_weights: bool
 ) -> Iterator[ConfigError]:
     itemsize = compute_dtype(config, model).itemsize
-    cap = config.engine.dispatch_buffer_bytes
-    one = dispatch_bytes(config, model, num_local_slots=num_local_slots, tokens=1, itemsize=itemsize)
-    if one > cap:
-        yield ConfigError(
-            f"engine.dispatch_buffer_bytes={cap}: a rank may receive {one} bytes when each of ep={config.ep} ranks "
-            f"sends one token to top-{model.num_experts_per_tok + num_dispatched_shared(config, model)} experts. "
-            f"Nearest: engine.dispatch_buffer_bytes={one}."
-        )
+    try:
+        dispatch_spec(config, model, num_slots=num_local_slots)
+    except ConfigError as error:
+        yield error
     # A shape without weights stands for real ranks, whatever launcher would be chosen here.
     ranks = config.ep if has_weights and config.launcher == "virtual" else 1
     try:

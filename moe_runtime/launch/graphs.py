@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,18 +13,16 @@ from moe_models.base import ModelConfig
 
 from moe_runtime.comm.together import Together
 from moe_runtime.config import RuntimeConfig
-from moe_runtime.dispatch.factory import graph_safe
-from moe_runtime.dispatch.rows import RowLayout
+from moe_runtime.dispatch.factory import buffer_bytes, graph_safe
 from moe_runtime.engine.cuda_graph import CudaGraphs, GraphApi
-from moe_runtime.engine.graphs import ProcessGraphs, StepBuffers
+from moe_runtime.engine.graphs import ProcessGraphs
 from moe_runtime.engine.lockstep import LockstepLimits, Padding, default_graph_sizes, graph_sizes
+from moe_runtime.engine.step_buffers import StepBuffers
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.memory import enough_memory
-from moe_runtime.launch.placing import num_local_slots
+from moe_runtime.launch.shuffle import buffer_cap, dispatch_names, dispatch_spec, overlaps, whole_spec
 from moe_runtime.launch.sizing import (
     FP32_BYTES,
-    compute_dtype,
-    dispatch_bytes,
     max_model_len,
     max_num_seqs,
     page_size,
@@ -58,7 +56,7 @@ def graphs_mode(config: RuntimeConfig, model: ModelConfig) -> GraphsMode:
     limits = lockstep_limits(config, model, graphs=True)
     sizes = limits.captured_sizes
     if not sizes:
-        why, remedy = _obstacle(config, limits)
+        why, remedy = _obstacle(config, model, limits)
         if wanted == "on":
             raise ConfigError(f"engine.cuda_graphs=on: {why}. Set {remedy}, or engine.cuda_graphs=auto.")
         return GraphsMode("off", why)
@@ -75,21 +73,17 @@ def lockstep_limits(
     *,
     graphs: bool,
     num_slots: int | None = None,
-    max_capacity: int | None = None,
 ) -> LockstepLimits:
-    """`graphs`: decode steps are captured, where they can be. `num_slots` of each rank, where known; `max_capacity`:
-    the dispatcher's own limit."""
-    slots = num_local_slots(config, model) if num_slots is None else num_slots
-    one_token = dispatch_bytes(
-        config, model, num_local_slots=slots, tokens=1, itemsize=compute_dtype(config, model).itemsize
-    )
+    """`graphs`: decode steps are captured, where they can be. `num_slots` of each rank, where known."""
+    spec = dispatch_spec(config, model, num_slots=num_slots)
     return LockstepLimits(
         tp=config.tp,
         padding=Padding(config.engine.padding),
-        graph_sizes=_sizes(config) if graphs and _can_capture(config) else (),
-        receive_bytes_per_token=one_token,
-        receive_bytes_cap=config.engine.dispatch_buffer_bytes,
-        max_capacity=max_capacity,
+        graph_sizes=_sizes(config) if graphs and _can_capture(config, model) else (),
+        max_tokens=spec.max_tokens,
+        max_decode_tokens=spec.max_decode_tokens,
+        two_batch_tokens=config.engine.two_batch_tokens if overlaps(config) else None,
+        two_batch_decode_tokens=config.engine.two_batch_decode_tokens if overlaps(config) else None,
     )
 
 
@@ -136,25 +130,27 @@ def _on_kernels(config: RuntimeConfig) -> bool:
     return backends.default_backend(torch.device(config.device)) == "triton"
 
 
-def _can_capture(config: RuntimeConfig) -> bool:
+def _can_capture(config: RuntimeConfig, model: ModelConfig) -> bool:
     """Whether nothing but the size of a step stands against its capture."""
-    safe = graph_safe(config.dispatch, rows=RowLayout(1), device=torch.device(config.device))
+    spec = whole_spec(config, model)
+    safe = graph_safe(dispatch_names(config)[-1], spec, device=torch.device(config.device))
     return _on_kernels(config) and safe and config.engine.padding != "own"
 
 
-def _obstacle(config: RuntimeConfig, limits: LockstepLimits) -> tuple[str, str]:
+def _obstacle(config: RuntimeConfig, model: ModelConfig, limits: LockstepLimits) -> tuple[str, str]:
     """Why no decode step can be captured, and the remedy."""
     if not _on_kernels(config):
         return f"device={config.device} has no CUDA graphs", "device=cuda"
-    if not _can_capture(config) and config.engine.padding != "own":
+    if not _can_capture(config, model) and config.engine.padding != "own":
         other = "all_gather" if config.ep > 1 else "local"
         return f"dispatch={config.dispatch} waits on the host for its counts", f"dispatch={other}"
     if config.engine.padding == "own":
         return "engine.padding=own gives every DP group rows of its own", "engine.padding=auto"
-    rows, least = limits.receive_bytes_per_token, limits.graph_sizes[0]
-    need = rows * (least // config.tp)
+    least = limits.graph_sizes[0]
+    spec = replace(whole_spec(config, model), max_tokens=least // config.tp, max_decode_tokens=least // config.tp)
+    need = max(buffer_bytes(name, spec) for name in dispatch_names(config))
     return (
-        f"engine.dispatch_buffer_bytes={config.engine.dispatch_buffer_bytes} cuts steps of {least} rows, the least "
+        f"engine.dispatch_buffer_bytes={buffer_cap(config)} cuts steps of {least} rows, the least "
         "captured size, into several dispatches",
         f"engine.dispatch_buffer_bytes={need} or more",
     )

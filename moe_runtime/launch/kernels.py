@@ -74,20 +74,24 @@ def _on_triton(config: RuntimeConfig, model: ModelConfig) -> Iterator[Served]:
     if config.dispatch in _SORTS_ON_DEVICE:
         yield Served("permute", "triton", "sorted on the device, in room for the worst case; summed in top-k order")
     else:
-        yield Served("permute", "torch", f"dispatch={config.dispatch} sorts by counts that the host knows")
+        yield Served("permute", "torch", f"dispatch={config.dispatch}, prompts: by counts that the host knows")
+        if config.dispatch == "all_to_all":
+            yield Served("permute, decode", "triton", "equal blocks, sorted on the device")
         yield Served("unpermute", "triton", "summed in top-k order in fp32")
     size = page_size(config.engine, device=config.device)
     heads = f"{model.num_heads // config.tp} heads, pages of {size} rows"
     parts = "parts of a length that nothing else changes" if invariant else "cut to fill the device"
-    yield Served("MLA decode", "triton", f"{heads}, {parts}; {_optional('flash_mla')}")
+    fp8 = ", latents in fp8" if config.engine.kv_cache_dtype == "fp8" else ""
+    yield Served("MLA decode", "triton", f"{heads}{fp8}, {parts}; {_optional('flash_mla')}")
     if invariant:
         yield Served("MLA prefill", "triton", "engine.batch_invariant: the decode kernel serves prompts too")
     else:
         yield Served("MLA prefill", "torch", f"fused attention of torch {torch.__version__} (flash or cuDNN)")
-    yield Served("latent rows", "triton", "rope, norm and cache write in one launch")
+    yield Served("latent rows", "triton", f"rope, norm and cache write in one launch{fp8}")
     yield Served("norm, SwiGLU", "triton", "one launch each")
-    if kept_weights(config, model).parts:
-        yield Served("quantise", "triton", "rows before each fp8 product, a scale per 128 values")
+    if (kept := kept_weights(config, model)).parts:
+        powers = ", powers of two (scale_fmt=ue8m0)" if kept.ue8m0 else ""
+        yield Served("quantise", "triton", f"rows before each fp8 product, a scale per 128 values{powers}")
 
 
 def _linear(config: RuntimeConfig, model: ModelConfig) -> Iterator[Served]:

@@ -14,10 +14,7 @@ from moe_models.base import ModelConfig
 from moe_models.kept_fp8 import KeptFp8, Part, kept_fp8
 
 from moe_runtime.config import EngineConfig, RuntimeConfig
-from moe_runtime.dispatch.factory import receive_bytes
-from moe_runtime.dispatch.rows import RowLayout
 from moe_runtime.errors import ConfigError
-from moe_runtime.launch.placing import num_dispatched_shared
 from moe_runtime.layers.embedding import vocab_shard
 from moe_runtime.parallel.mesh import ProcessMesh
 
@@ -198,6 +195,14 @@ def page_size(engine: EngineConfig, *, device: str) -> int:
     return size
 
 
+def latent_row_bytes(engine: EngineConfig, model: ModelConfig, *, itemsize: int) -> int:
+    """Of one token in one layer's cache; in fp8 C bytes, a scale per started 128 of them, and the rotary part."""
+    if engine.kv_cache_dtype == "fp8":
+        latent = model.kv_lora_rank + num_blocks(model.kv_lora_rank) * FP32_BYTES
+        return latent + model.qk_rope_head_dim * itemsize
+    return model.latent_dim * itemsize
+
+
 def cache_size(
     engine: EngineConfig, model: ModelConfig, *, itemsize: int, ranks_in_process: int = 1, device: str = "cpu"
 ) -> CacheSize:
@@ -206,7 +211,8 @@ def cache_size(
 
     Raises ConfigError where not even one page fits, and as `page_size`.
     """
-    per_token, size = model.num_layers * model.latent_dim * itemsize, page_size(engine, device=device)
+    per_token = model.num_layers * latent_row_bytes(engine, model, itemsize=itemsize)
+    size = page_size(engine, device=device)
     page = per_token * size
     budget = engine.kv_cache_bytes
     if budget is None:
@@ -223,21 +229,6 @@ def cache_size(
 def rotary_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """The table of cos and sin, fp32, shared by all layers."""
     return max_model_len(engine, model) * model.qk_rope_head_dim * FP32_BYTES
-
-
-def dispatch_bytes(
-    config: RuntimeConfig, model: ModelConfig, *, num_local_slots: int, tokens: int, itemsize: int
-) -> int:
-    """Worst case that a rank receives in one dispatch into which every rank brings `tokens`."""
-    return receive_bytes(
-        config.dispatch,
-        ep=config.ep,
-        rows=RowLayout(num_local_slots),
-        tokens=tokens,
-        hidden=model.hidden_size,
-        itemsize=itemsize,
-        top_k=model.num_experts_per_tok + num_dispatched_shared(config, model),
-    )
 
 
 def process_bytes(config: RuntimeConfig, model: ModelConfig, *, num_local_slots: int) -> int:

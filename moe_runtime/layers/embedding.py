@@ -43,13 +43,20 @@ class VocabHead:
     vocab_size: int
     tp: Communicator
 
-    def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
-        """`x [N/tp, H]` (this rank's tokens), `rows [S]` group rows to `logits [S, V] fp32`, on every tp rank."""
+    def gather(self, x: Tensor, rows: Tensor) -> Tensor:
+        """`x [N/tp, H]` (this rank's tokens), `rows [S]` group rows to these rows `[S, H]`, on every tp rank."""
         if self.tp.size == 1:
-            return self.linear(x[rows]).float()
+            return x[rows]
         if not rows.shape[0]:
-            return x.new_zeros(0, self.vocab_size, dtype=torch.float32)
-        picked = self.tp.all_reduce(_rows_or_zero(x, rows - self.tp.rank * x.shape[0]))
+            return x.new_zeros(0, x.shape[1])
+        return self.tp.all_reduce(_rows_or_zero(x, rows - self.tp.rank * x.shape[0]))
+
+    def __call__(self, picked: Tensor) -> Tensor:
+        """Gathered rows `[S, H]` to `logits [S, V] fp32`, on every tp rank."""
+        if self.tp.size == 1:
+            return self.linear(picked).float()
+        if not picked.shape[0]:
+            return picked.new_zeros(0, self.vocab_size, dtype=torch.float32)
         logits = self.linear(picked)
         shards = self.tp.all_gather(logits).view(self.tp.size, *logits.shape)
         return shards.transpose(0, 1).flatten(1)[:, : self.vocab_size].float()

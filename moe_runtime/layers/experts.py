@@ -16,10 +16,12 @@ from moe_runtime.layers.linear import Linear
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Experts:
-    """The rank's slots: fixed storage, rewritten in place when the placement changes."""
+    """The rank's slots: fixed storage, rewritten in place when the placement changes. `ue8m0`: scales of rows that are
+    rounded to fp8 are powers of two."""
 
     weights: ExpertWeights
     batch_invariant: bool = False
+    ue8m0: bool = False
 
     def __call__(self, rows: Rows) -> Tensor:
         """Outputs like `rows.data`, bf16 where that is fp8. Padding rows are unspecified.
@@ -36,6 +38,7 @@ class Experts:
                     alignment=rows.alignment,
                     row_weights=rows.weights,
                     expected_rows=rows.expected_rows,
+                    ue8m0=self.ue8m0,
                     batch_invariant=invariant,
                 )
             case PaddedRows():
@@ -45,6 +48,7 @@ class Experts:
                     counts=rows.counts,
                     row_weights=rows.weights,
                     expected_rows=rows.expected_rows,
+                    ue8m0=self.ue8m0,
                     batch_invariant=invariant,
                 )
         return y if isinstance(x, BlockScaled) else y.to(rows.data.dtype)
@@ -69,14 +73,18 @@ class DenseMLP:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScaledMLP:
-    """The same in fp8 blocks: the only slot of `weights`, whose hidden rows stay fp8 between the two products."""
+    """The same in fp8 blocks: the only slot of `weights`, whose hidden rows stay fp8 between the two products; `ue8m0`
+    as in Experts."""
 
     weights: ExpertWeights
     batch_invariant: bool = False
+    ue8m0: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x [T, H]` -> `[T, H]`, in x's dtype."""
-        return expert_mlp_ragged(x, self.weights, psum=every_row(x.device), batch_invariant=self.batch_invariant)
+        return expert_mlp_ragged(
+            x, self.weights, psum=every_row(x.device), ue8m0=self.ue8m0, batch_invariant=self.batch_invariant
+        )
 
 
 MLP = DenseMLP | ScaledMLP

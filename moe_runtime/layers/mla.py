@@ -13,7 +13,7 @@ import torch
 from moe_kernels import backends
 from moe_kernels.latent import mla_prepare_
 from moe_kernels.linear import head_linear
-from moe_kernels.mla import mla_absorbed, mla_expanded_batched
+from moe_kernels.mla import LatentCache, ScaledLatent, mla_absorbed, mla_expanded_batched
 from moe_kernels.norm import rms_norm
 from moe_kernels.rope import apply_rope
 from torch import Tensor
@@ -81,7 +81,7 @@ class MLA:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_one_launch", backends.default_backend(self.weights.kv_norm.device) == "triton")
 
-    def __call__(self, x: Tensor, step: StepInputs, cache: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, step: StepInputs, cache: LatentCache) -> Tensor:
         """This rank's normed rows `x [N/tp, H]` to `[N/tp, H]`; writes latents to `cache [pages, page, C+R]`."""
         if not step.num_rows:
             return x  # the tp group agrees that it is idle
@@ -95,7 +95,7 @@ class MLA:
         out = self.tp.reduce_scatter(partial) if self.tp.size > 1 else partial
         return out if self.weights.out_bias is None else out + self.weights.out_bias
 
-    def _project(self, x: Tensor, step: StepInputs, cache: Tensor) -> tuple[Query, Tensor | None]:
+    def _project(self, x: Tensor, step: StepInputs, cache: LatentCache) -> tuple[Query, Tensor | None]:
         """`x [n, H]` to the rotated query and the latent rows `[n, C+R]`, which are written to the cache; None where
         nothing else reads them."""
         shape, weights = self.shape, self.weights
@@ -128,10 +128,13 @@ class MLA:
         )
         latent = rms_norm(down[:, : shape.kv_lora_rank], weights.kv_norm, shape.eps)
         latent = torch.cat((latent, rotated[:, -1]), dim=-1)
-        cache.view(-1, cache.shape[-1]).index_copy_(0, step.cache_rows, latent.to(cache.dtype))
+        if isinstance(cache, ScaledLatent):
+            cache.write_(step.cache_rows, latent)
+        else:
+            cache.view(-1, cache.shape[-1]).index_copy_(0, step.cache_rows, latent.to(cache.dtype))
         return (q[..., : shape.qk_nope_head_dim], rotated[:, :-1]), latent
 
-    def _attend(self, query: Query, latent: Tensor | None, step: StepInputs, cache: Tensor) -> Tensor:
+    def _attend(self, query: Query, latent: Tensor | None, step: StepInputs, cache: LatentCache) -> Tensor:
         """Query and latent rows `[n, C+R]` to `[n, h, Dv]`."""
         parts: list[Tensor] = []
         if step.absorbed is not None:
@@ -145,7 +148,7 @@ class MLA:
             case _:
                 return torch.cat(parts)
 
-    def _absorbed(self, query: Query, tokens: AbsorbedTokens, cache: Tensor) -> Tensor:
+    def _absorbed(self, query: Query, tokens: AbsorbedTokens, cache: LatentCache) -> Tensor:
         nope, rope = query[0][: tokens.count], query[1][: tokens.count]
         out = mla_absorbed(
             head_linear(nope, self.weights.key_up_transposed, batch_invariant=self.batch_invariant),
@@ -159,13 +162,15 @@ class MLA:
         )
         return head_linear(out, self.weights.value_up, batch_invariant=self.batch_invariant)
 
-    def _expanded(self, query: Query, latent: Tensor | None, chunk: ExpandedChunk, cache: Tensor) -> Tensor:
+    def _expanded(self, query: Query, latent: Tensor | None, chunk: ExpandedChunk, cache: LatentCache) -> Tensor:
         num_tokens = chunk.num_sequences * chunk.length
         here = slice(chunk.first, chunk.first + num_tokens)
         rank = self.shape.kv_lora_rank
         if chunk.cache_rows is None:
             assert latent is not None, "a chunk that is its own context keeps its latent rows"
             context = latent[here].view(chunk.num_sequences, chunk.length, latent.shape[-1])
+        elif isinstance(cache, ScaledLatent):
+            context = cache.read(chunk.cache_rows, query[0].dtype)
         else:
             context = cache.view(-1, cache.shape[-1])[chunk.cache_rows].to(query[0].dtype)
         joined = torch.cat((query[0][here], query[1][here]), dim=-1)

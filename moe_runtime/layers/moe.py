@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_runtime.balance.load import LoadRecorder
 from moe_runtime.dispatch.base import Dispatcher, DispatchStep, Phase
+from moe_runtime.dispatch.overlap import Stage, Stages, run_through
 from moe_runtime.layers.experts import MLP, Experts
 from moe_runtime.layers.router import Router
 from moe_runtime.parallel.replicas import ReplicaSelector
@@ -66,7 +67,14 @@ class MoELayer(Generic[H]):
         object.__setattr__(self, "_one_launch", backends.default_backend(device) == "triton")
 
     def __call__(self, x: Tensor, step: MoEStep) -> Tensor:
-        """`x [T, H]`, T <= step.capacity, rows from `step.num_real` on padding -> `[T, H]` in x's dtype."""
+        """`stages`, run through."""
+        return run_through(self.stages(x, step))
+
+    def stages(self, x: Tensor, step: MoEStep) -> Stages[Tensor]:
+        """`x [T, H]`, T <= step.capacity, rows from `step.num_real` on padding -> `[T, H]` in x's dtype.
+
+        Stops where a dispatch is on its way, with the shared expert begun beside it, and where a combine is.
+        """
         assert x.shape[0] <= step.capacity, f"{x.shape[0]} tokens exceed the agreed capacity {step.capacity}"
         routing = self._route(x, step.num_real)
         shared: Tensor | None = None
@@ -76,10 +84,13 @@ class MoELayer(Generic[H]):
             arriving = self.dispatcher.dispatch_begin(x if step.num_chunks == 1 else x[rows], part, chunk)
             if shared is None and self.shared is not None:
                 shared = self.shared(x)
+            yield Stage.DISPATCH
             received, handle = arriving.wait()
             if self.recorder is not None:
                 self.recorder.record_received(self.index, received)
-            outputs.append(self.dispatcher.combine_begin(self.experts(received), handle).wait())
+            returning = self.dispatcher.combine_begin(self.experts(received), handle)
+            yield Stage.COMBINE
+            outputs.append(returning.wait())
         routed = outputs[0] if step.num_chunks == 1 else torch.cat(outputs)
         return routed if shared is None else routed + shared
 

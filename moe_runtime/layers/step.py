@@ -41,7 +41,8 @@ class ExpandedChunk:
     start: int
     """Rows that are in the cache before this chunk."""
     cache_rows: Tensor | None
-    """[G, start + length] int64 flat cache rows; None where start is 0 (the chunk is its own context)."""
+    """[G, start + length] int64 flat cache rows; None where start is 0 and the cache holds rows as they are computed
+    (the chunk is its own context)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,9 @@ class Tensors:
         serve = RankEngine.serve
 
         def watched(engine: RankEngine) -> None:
-            self.caches.append(weakref.ref(engine.runner.cache.layers[0]))
+            cache = engine.runner.cache.layers[0]
+            assert isinstance(cache, torch.Tensor)
+            self.caches.append(weakref.ref(cache))
             serve(engine)
 
         monkeypatch.setattr(RankEngine, "serve", watched)

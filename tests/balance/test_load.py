@@ -26,6 +26,18 @@ def test_counts_real_tokens_by_layer_and_expert() -> None:
     assert counts.sum() == 6, "what was read stays as it was"
 
 
+@pytest.mark.parametrize("num_logical", [4, 5])
+def test_rows_of_all_layers_are_aligned_alike(num_logical: int) -> None:
+    """A kernel that adds to them is compiled once, for addresses that are multiples of 16."""
+    recorder = LoadRecorder(3, num_logical)
+    for layer in range(3):
+        row = recorder.counts_of(layer)
+        assert (row.shape, row.is_contiguous(), row.data_ptr() % 16) == ((num_logical + 1,), True, 0)
+        row[-1] += 7
+    recorder.record(1, routing([[0, -1]]))
+    assert recorder.counts().sum(1).tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [

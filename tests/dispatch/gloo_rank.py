@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from moe_runtime.comm.process import init_process, join_store
 from moe_runtime.comm.torch_dist import torch_dist_groups
+from moe_runtime.dispatch.base import Phase
 from moe_runtime.parallel.mesh import ProcessMesh
 from tests.dispatch import contract
 from tests.dispatch.contract import BACKENDS, make_case
+from tests.dispatch.elastic_adapters import Elastic, spec_for
+from tests.dispatch.legacy_fabric import Fabric
+from tests.doubles.deep_ep.elastic import Library
 
 DEADLINE_S = 60.0
 
@@ -34,8 +41,16 @@ def main(rank: int, world: int, port: int) -> None:
                     contract.check_identity_experts(ep, backend, case)
                     contract.check_origin_of_rows(ep, backend, case)
                 contract.check_two_in_flight(ep, backend, cases[0])
-                cap = 2 * backend.receive_bytes(world, 2, tokens=1, top_k=3)
+                cap = backend.buffer_bytes(world, 2, tokens=2, top_k=3)
                 assert contract.check_receive_cap(ep, backend, cases[0], cap) == 3
+            fabric = replace(cases[1], x=[pad(x, (0, 240)) for x in cases[1].x])
+            for phase in (Phase.MIXED, Phase.DECODE):
+                elastic: Any = Elastic(spec_for(fabric), Library())
+                contract.check_marked_experts(ep, elastic, replace(fabric, phase=phase))
+                contract.check_origin_of_rows(ep, elastic, replace(fabric, phase=phase))
+                legacy = Fabric(case=replace(fabric, phase=phase))
+                contract.check_marked_experts(ep, legacy, legacy.case)
+                contract.check_origin_of_rows(ep, legacy, legacy.case)
         ep.barrier()
     except BaseException as error:
         process.close(error)

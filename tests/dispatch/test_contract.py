@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moe_runtime.comm.base import Communicator
 from moe_runtime.comm.virtual import VirtualCluster, virtual_groups
 from moe_runtime.dispatch.base import DispatchStep, GroupedRows, Layout, PaddedRows, Phase
-from moe_runtime.dispatch.factory import make_dispatcher, receive_bytes
+from moe_runtime.dispatch.factory import buffer_bytes, make_dispatcher
 from moe_runtime.dispatch.local import LocalDispatcher
 from moe_runtime.dispatch.rows import RowLayout
 from moe_runtime.errors import ConfigError
@@ -107,8 +107,8 @@ def test_small_buffers_make_chunks_and_are_never_exceeded(backend: Backend, size
         for case in (skewed, spread):
             for tokens in (1, 2, 4, 100):
                 top_k = case.routing[0].expert_ids.shape[1]
-                one = backend.receive_bytes(ep.size, case.slots, tokens=1, top_k=top_k)
-                chunks.append(contract.check_receive_cap(ep, backend, case, tokens * one))
+                cap = backend.buffer_bytes(ep.size, case.slots, tokens=tokens, top_k=top_k)
+                chunks.append(contract.check_receive_cap(ep, backend, case, cap))
         return chunks
 
     assert on_ranks(size, program) == [[9, 5, 3, 1] * 2] * size
@@ -118,11 +118,11 @@ def test_factory_errors() -> None:
     with VirtualCluster(2) as cluster:
         ep = virtual_groups(cluster, dp=2)[0].ep
         with pytest.raises(ConfigError, match=r"local needs ep=1\. Use dispatch=all_to_all"):
-            make_dispatcher("local", ep, rows=RowLayout(2))
+            make_dispatcher("local", ep, contract.spec_of(RowLayout(2)))
         with pytest.raises(ConfigError, match="Did you mean 'all_to_all'"):
-            make_dispatcher("all_to_al", ep, rows=RowLayout(2))
+            make_dispatcher("all_to_al", ep, contract.spec_of(RowLayout(2)))
     with pytest.raises(ConfigError, match="Did you mean 'all_gather'"):
-        receive_bytes("all_gathr", ep=1, rows=RowLayout(1), tokens=1, hidden=1, itemsize=1, top_k=1)
+        buffer_bytes("all_gathr", contract.spec_of(RowLayout(1)))
 
 
 def test_more_tokens_than_agreed_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from moe_kernels import backends
@@ -21,7 +23,8 @@ from tests.dispatch.test_contract import on_ranks
 
 STAYING = [Backend("local", Layout.GROUPED), Backend("local", Layout.GROUPED, 4)]
 STAYING += [Backend("all_gather", Layout.GROUPED), Backend("all_gather", Layout.GROUPED, 4)]
-COUNTED = [Backend("all_to_all", Layout.GROUPED), Backend("all_gather", Layout.PADDED), Backend("local", Layout.PADDED)]
+ALL_TO_ALL = Backend("all_to_all", Layout.GROUPED)
+COUNTED = [Backend("all_to_all", Layout.PADDED), Backend("all_gather", Layout.PADDED), Backend("local", Layout.PADDED)]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +46,7 @@ def cases(size: int) -> dict[str, Case]:
     }
 
 
-@pytest.mark.parametrize(("backend", "size"), [(b, n) for b in (*STAYING, COUNTED[0]) for n in sizes(b)], ids=str)
+@pytest.mark.parametrize(("backend", "size"), [(b, n) for b in (*STAYING, ALL_TO_ALL) for n in sizes(b)], ids=str)
 def test_laws_hold(backend: Backend, size: int) -> None:
     everything = list(cases(size).items())
 
@@ -52,6 +55,10 @@ def test_laws_hold(backend: Backend, size: int) -> None:
             try:
                 contract.check_marked_experts(ep, backend, case)
                 contract.check_origin_of_rows(ep, backend, case)
+                if backend is ALL_TO_ALL:
+                    decode = replace(case, phase=Phase.DECODE)
+                    contract.check_marked_experts(ep, backend, decode)
+                    contract.check_origin_of_rows(ep, backend, decode)
             except AssertionError as error:
                 error.add_note(f"case: {name}")
                 raise
@@ -59,11 +66,12 @@ def test_laws_hold(backend: Backend, size: int) -> None:
     on_ranks(size, program)
 
 
-@pytest.mark.parametrize("backend", [STAYING[0], STAYING[2], STAYING[3], COUNTED[0]], ids=str)
+@pytest.mark.parametrize("backend", [STAYING[0], STAYING[2], STAYING[3], ALL_TO_ALL], ids=str)
 def test_chunks_within_the_cap(backend: Backend) -> None:
     size = sizes(backend)[-1]
     case = make_case(ep=size, slots=2, top_k=2, tokens=[5 - 2 * r for r in range(size)])
-    cap = 2 * backend.receive_bytes(size, 2, tokens=1, top_k=2)
+    case = replace(case, phase=Phase.DECODE)
+    cap = backend.buffer_bytes(size, 2, tokens=2, top_k=2)
     assert on_ranks(size, lambda ep: contract.check_receive_cap(ep, backend, case, cap)) == [3] * size
 
 
@@ -71,6 +79,7 @@ def test_chunks_within_the_cap(backend: Backend) -> None:
 def test_two_micro_batches_in_flight(backend: Backend) -> None:
     size = sizes(backend)[-1]
     case = make_case(ep=size, slots=2, top_k=2, tokens=[3] * size)
+    case = replace(case, phase=Phase.DECODE)
     on_ranks(size, lambda ep: contract.check_two_in_flight(ep, backend, case))
 
 
@@ -90,7 +99,7 @@ def test_equals_the_torch_way_within_rounding(name: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", STAYING, ids=str)
+@pytest.mark.parametrize("backend", [*STAYING, ALL_TO_ALL], ids=str)
 def test_shapes_follow_from_what_was_agreed(backend: Backend) -> None:
     """Whatever the routing: the same room, so that a captured step stays valid; and it is said so."""
     size, slots, top_k = sizes(backend)[-1], 2, 2
@@ -99,7 +108,7 @@ def test_shapes_follow_from_what_was_agreed(backend: Backend) -> None:
     def program(ep: Communicator) -> list[int]:
         dispatcher = backend.make(ep, slots)
         assert dispatcher.capabilities.graph_safe
-        assert not dispatcher.capabilities.counts_on_host
+        assert dispatcher.capabilities.counts_on_host == (backend is ALL_TO_ALL), "for steps with prompts"
         found = []
         for ids in ([0, 1], [2 * size - 1, 0], [-1, -1]):
             x, weights = torch.ones(3, 8), torch.ones(3, top_k)
@@ -123,31 +132,32 @@ def test_counted_layouts_say_so() -> None:
         assert on_ranks(1, program) == [True]
 
 
-@pytest.mark.parametrize("name", ["local", "all_gather"])
+@pytest.mark.parametrize("name", ["local", "all_gather", "all_to_all"])
 def test_rows_for_fp8_experts_are_quantised_on_the_way(name: str) -> None:
     """The bytes and scales that the experts would make of them; what is not bf16 is left to the experts."""
     size = 1 if name == "local" else 2
     case = make_case(ep=size, slots=2, top_k=2, tokens=[2] * size, hidden=130, dtype=torch.bfloat16)
+    case = replace(case, phase=Phase.DECODE)
     layouts = [RowLayout(2, quantize=quantize) for quantize in (True, False)]
 
     def program(ep: Communicator) -> None:
         found = []
         for layout in layouts:
-            dispatcher = make_dispatcher(name, ep, rows=layout)
+            dispatcher = make_dispatcher(name, ep, contract.spec_of(layout))
             rows, _ = dispatcher.dispatch_begin(case.x[ep.rank], case.routing[ep.rank], case.step).wait()
             assert isinstance(rows, GroupedRows)
             found.append(rows)
         narrow, plain = found
         last = int(plain.psum[-1])
         assert torch.equal(narrow.psum, plain.psum)
-        assert narrow.data.dtype is torch.float8_e4m3fn
+        assert narrow.data.dtype is torch.float8_e4m3fn, name
         assert plain.scales is None
         assert narrow.scales is not None
         want = quantize_rows(plain.data[:last], backend="torch")
         assert torch.equal(narrow.data[:last].view(torch.uint8), want.data.view(torch.uint8))
         assert torch.equal(narrow.scales[:last], want.scale)
         wide, _ = (
-            make_dispatcher(name, ep, rows=layouts[0])
+            make_dispatcher(name, ep, contract.spec_of(layouts[0]))
             .dispatch_begin(case.x[ep.rank].float(), case.routing[ep.rank], case.step)
             .wait()
         )

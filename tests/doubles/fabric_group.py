@@ -27,4 +27,4 @@ class FabricGroup:
         """`rows[r] [n_r, ...]` to each rank r; what each rank sent here, in rank order. Any dtype, collective."""
         received = [counts[self.ep.rank] for counts in self.ep.exchange([len(block) for block in rows])]
         wire = self.ep.all_to_all(torch.cat(rows), [len(block) for block in rows], received)
-        return list(wire.split(received))
+        return list(torch.split(wire, received))

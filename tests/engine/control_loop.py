@@ -129,7 +129,7 @@ class Loop:
             )
             for _ in range(traffic.num_groups)
         ]
-        self.lockstep = LockstepLimits(tp=2, padding=Padding.AUTO, receive_bytes_per_token=3, receive_bytes_cap=7)
+        self.lockstep = LockstepLimits(tp=2, padding=Padding.AUTO, max_tokens=2, max_decode_tokens=2)
         self.balancer = GroupBalancer(traffic.num_groups)
         self.home: dict[int, Group] = {}
         self.outputs: dict[int, list[int]] = {}

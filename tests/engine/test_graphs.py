@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_kernels import backends
+from moe_kernels.mla import LatentCache
 from moe_models.base import ModelConfig
 from torch import Tensor
 
@@ -22,9 +23,10 @@ from moe_runtime.comm.virtual import VirtualCluster, virtual_groups
 from moe_runtime.config import EngineConfig, RuntimeConfig
 from moe_runtime.dispatch.base import Phase
 from moe_runtime.engine.cuda_graph import CudaGraphs
-from moe_runtime.engine.graphs import GraphCounts, ProcessGraphs, RankGraphs, StepBuffers
+from moe_runtime.engine.graphs import GraphCounts, ProcessGraphs, RankGraphs
 from moe_runtime.engine.plan import ChunkKind, SequenceChunk, StepPlan
 from moe_runtime.engine.runner import GroupStep, Runner
+from moe_runtime.engine.step_buffers import StepBuffers
 from moe_runtime.errors import CommunicationError, ConfigError
 from moe_runtime.launch.compose import compose
 from moe_runtime.launch.graphs import graphs_mode
@@ -74,8 +76,11 @@ class Toy:
     def rotary(self) -> Rotary:
         return Rotary()
 
-    def __call__(self, step: StepInputs, caches: tuple[Tensor, ...]) -> Tensor:
+    def __call__(self, steps: Sequence[StepInputs], caches: tuple[LatentCache, ...]) -> Tensor:
         self.calls += 1
+        return torch.cat([self._logits(step) for step in steps])
+
+    def _logits(self, step: StepInputs) -> Tensor:
         everybody = self.ep.all_reduce(step.token_ids.sum().view(1))
         if self.calls == self.fails_at:
             raise ValueError("the toy broke")
@@ -111,7 +116,9 @@ class World:
         self.process = ProcessGraphs(self.api, self.sizes)
         groups = virtual_groups(self.cluster, dp=self.dp, tp=self.tp)
         for place, own in zip(virtual_together(self.cluster), groups, strict=True):
-            cache = LatentKVCache.zeros(1, num_pages=8, page_size=PAGE, width=8, dtype=torch.float32, device=CPU)
+            cache = LatentKVCache.zeros(
+                1, num_pages=8, page_size=PAGE, latent=6, rope=2, dtype=torch.float32, device=CPU
+            )
             self.toys.append(Toy(own.tp, own.ep))
             runner = Runner(self.toys[-1], cache, self.tp, own.tp.rank, one_form=False, device=CPU, num_heads=1)
             self.ranks.append(RankGraphs(self.process, place, runner, max_model_len=16, keeps_logits=own.tp.rank == 0))
@@ -199,7 +206,7 @@ def test_a_rank_that_waits_for_the_device_while_capturing(
     make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = make_world(dp=2)
-    monkeypatch.setattr(Toy, "__call__", lambda toy, step, caches: step.token_ids.nonzero())
+    monkeypatch.setattr(Toy, "__call__", lambda toy, steps, caches: steps[0].token_ids.nonzero())
     with pytest.raises(CommunicationError, match=r"rank 0 raised CaptureError.*aten\.nonzero.* waits for the device"):
         world.capture()
 
@@ -373,7 +380,7 @@ def decode_plans(draw: st.DrawFn) -> StepPlan:
 @given(plans=st.lists(st.tuples(decode_plans(), st.integers(0, 3)), min_size=1, max_size=4))
 def test_buffers_hold_what_the_runner_makes(plans: list[tuple[StepPlan, int]]) -> None:
     """Of every plan in turn, whatever an earlier and larger one has left behind."""
-    cache = LatentKVCache.zeros(1, num_pages=8, page_size=PAGE, width=8, dtype=torch.float32, device=CPU)
+    cache = LatentKVCache.zeros(1, num_pages=8, page_size=PAGE, latent=6, rope=2, dtype=torch.float32, device=CPU)
     with VirtualCluster(1) as cluster:
         group = virtual_groups(cluster)[0]
     runner = Runner(Toy(group.tp, group.ep), cache, 1, 0, one_form=False, device=CPU, num_heads=1)
@@ -382,13 +389,13 @@ def test_buffers_hold_what_the_runner_makes(plans: list[tuple[StepPlan, int]]) -
         n, size = plan.num_tokens, plan.num_tokens + extra
         if not size:
             continue
-        buffers.fill(plan.chunks, size, num_real=n)
+        buffers.fill(plan.chunks, size, num_real=[n])
         fields, wanted = buffers.fields(size), runner.inputs(plan, group_step(size))
         assert fields.token_ids.tolist() == wanted.token_ids.tolist()
         assert fields.positions[:n].tolist() == wanted.cos.tolist()
         assert fields.cache_rows.tolist() == wanted.cache_rows.tolist() + [-1] * extra
         assert fields.logit_rows.tolist() == list(range(size))
-        assert int(fields.num_real) == n
+        assert int(fields.part(0, size, 0).num_real) == n
         assert fields.page_table.shape == (size, 4)
         if wanted.absorbed is not None:
             assert fields.kv_lens.tolist() == wanted.absorbed.kv_lens.tolist() + [0] * extra
@@ -404,7 +411,6 @@ def test_buffers_hold_what_the_runner_makes(plans: list[tuple[StepPlan, int]]) -
     ("words", "why", "remedy"),
     [
         ("device=cpu", "device=cpu has no CUDA graphs", "device=cuda"),
-        ("dispatch=all_to_all", "dispatch=all_to_all waits on the host for its counts", "dispatch=all_gather"),
         ("engine.padding=own", "engine.padding=own gives every DP group rows of its own", "engine.padding=auto"),
         ("engine.dispatch_buffer_bytes=512KiB engine.cuda_graph_sizes=[64]", "cuts steps of 64 rows", "or more"),
     ],

@@ -14,9 +14,10 @@ from torch import Tensor
 from moe_runtime import LLM
 from moe_runtime.cli.console import PlainConsole
 from moe_runtime.cli.generate import _show_speed
-from moe_runtime.engine.graphs import GraphCounts, RankGraphs, StepBuffers, StepFields
+from moe_runtime.engine.graphs import GraphCounts, RankGraphs
 from moe_runtime.engine.sampler import Sampled, Sampler
 from moe_runtime.engine.sequence import SampleRow
+from moe_runtime.engine.step_buffers import StepBuffers, StepFields
 from moe_runtime.errors import CommunicationError
 from moe_runtime.launch import graphs as launch_graphs
 from moe_runtime.launch.build import LoadProgress
@@ -96,9 +97,10 @@ def test_one_rank(folder: Path, bits: Bits, monkeypatch: pytest.MonkeyPatch) -> 
     assert_same_bits(first, bits)
 
 
-def test_one_rank_batch_invariant(folder: Path, bits: Bits) -> None:
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_one_rank_batch_invariant(folder: Path, bits: Bits, cache: str) -> None:
     """No padding changes its bits there, so the eager run is the one without graphs, and without padding."""
-    words = [*LOCAL, "engine.batch_invariant=true", "engine.cuda_graph_sizes=[2]"]
+    words = [*LOCAL, "engine.batch_invariant=true", "engine.cuda_graph_sizes=[2]", f"engine.kv_cache_dtype={cache}"]
     replayed, counts, _ = run(folder, *words)
     assert counts.captures == 1 and counts.replays >= 2
     first = bits.copy()
@@ -118,6 +120,23 @@ def test_four_ranks(folder: Path, bits: Bits, monkeypatch: pytest.MonkeyPatch) -
     on_the_same_rows(monkeypatch)
     assert run(folder, *GATHERED, lengths=[3, 2])[0] == replayed
     assert_same_bits(first, bits)
+
+
+@pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all"])
+def test_two_micro_batches_in_one_graph(
+    folder: Path, bits: Bits, monkeypatch: pytest.MonkeyPatch, dispatch: str
+) -> None:
+    words = ["ep=2", "tp=2", "engine.cuda_graph_sizes=[2,4]", "engine.max_num_seqs=3", f"dispatch={dispatch}"]
+    words += ["engine.two_batch_overlap=on", "engine.two_batch_decode_tokens=2", "engine.two_batch_tokens=1000"]
+    replayed, counts, eager = run(folder, *words)
+    assert counts.captures == 2 and counts.replays >= 2 and eager == 0
+    first = bits.copy()
+    bits.clear()
+    on_the_same_rows(monkeypatch)
+    assert run(folder, *words)[0] == replayed
+    assert_same_bits(first, bits)
+    monkeypatch.undo()
+    assert run(folder, "ep=2", "tp=2", f"dispatch={dispatch}")[0] == replayed, "as on a CPU without any of it"
 
 
 def test_larger_steps_run_eagerly(folder: Path, bits: Bits) -> None:

@@ -44,16 +44,17 @@ def test_phases() -> None:
 
 
 def test_chunks_are_even_and_under_the_cap() -> None:
-    limits = LockstepLimits(tp=2, receive_bytes_per_token=10, receive_bytes_cap=79)
+    limits = LockstepLimits(tp=2, max_tokens=7, max_decode_tokens=3)
     step = agree(tokens(16, 3), limits=limits)
     assert (step.capacity, step.num_chunks, step.chunk_tokens) == (8, 2, 4)
-    assert agree(tokens(99), limits=LockstepLimits(max_capacity=10)).num_chunks == 10
-    with pytest.raises(ConfigError, match=r"dispatch_buffer_bytes=9: .*needs 10 bytes .*set .*=10 or more"):
-        LockstepLimits(receive_bytes_per_token=10, receive_bytes_cap=9)
+    decode = agree(tokens(16, 3, decode=True), limits=limits)
+    assert (decode.capacity, decode.num_chunks, decode.chunk_tokens) == (8, 3, 3)
+    with pytest.raises(ConfigError, match=r"most tokens of a dispatch \(0, None\): all must be at least 1"):
+        LockstepLimits(max_tokens=0)
 
 
 def test_decode_steps_take_the_size_of_a_graph() -> None:
-    limits = LockstepLimits(tp=2, graph_sizes=(2, 4, 8), receive_bytes_per_token=10, receive_bytes_cap=30)
+    limits = LockstepLimits(tp=2, graph_sizes=(2, 4, 8), max_decode_tokens=3)
     assert limits.captured_sizes == (2, 4), "8 rows take two turns"
     step = agree(tokens(3, 0, 1, decode=True), limits=limits)
     assert (step.padded_tokens, step.graph, step.capacity, step.num_chunks) == ((4, 4, 4), True, 2, 1)
@@ -101,15 +102,14 @@ def worlds(draw: st.DrawFn) -> tuple[list[Wish], LockstepLimits]:
         count = draw(st.integers(0, 40) | st.just(0))
         decode = draw(st.sampled_from([0, count]) | st.integers(0, count))
         wishes.append(Wish(3, count, decode, draw(st.integers(0, 99))))
-    per_token, tp = draw(st.integers(0, 50)), draw(st.sampled_from([1, 2, 3, 4, 8]))
+    tp = draw(st.sampled_from([1, 2, 3, 4, 8]))
     sizes = tuple(tp * size for size in sorted(draw(st.sets(st.integers(1, 20), max_size=4))))
     limits = LockstepLimits(
         tp=tp,
         padding=draw(st.sampled_from(Padding)),
         graph_sizes=sizes,
-        receive_bytes_per_token=per_token,
-        receive_bytes_cap=draw(st.none() | st.integers(per_token, 400)),
-        max_capacity=draw(st.none() | st.integers(1, 20)),
+        max_tokens=draw(st.none() | st.integers(1, 40)),
+        max_decode_tokens=draw(st.none() | st.integers(1, 20)),
     )
     return wishes, limits
 
@@ -148,10 +148,8 @@ def check_chunks(step: AgreedStep, limits: LockstepLimits) -> None:
     assert step.chunk_tokens >= 1
     assert step.num_chunks * step.chunk_tokens >= step.capacity
     assert (step.num_chunks - 1) * step.chunk_tokens < max(step.capacity, 1), "no turn is empty"
-    if limits.receive_bytes_cap is not None:
-        assert step.chunk_tokens * limits.receive_bytes_per_token <= limits.receive_bytes_cap
-    if limits.max_capacity is not None:
-        assert step.chunk_tokens <= limits.max_capacity
+    limit = limits.max_tokens if step.phase is Phase.MIXED else limits.max_decode_tokens
+    assert limit is None or step.chunk_tokens <= limit
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)

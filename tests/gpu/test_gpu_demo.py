@@ -18,6 +18,9 @@ FP32 = Bounds(median=1e-3, worst=1e-2, margin=1e-2, least_prefix=NEW_TOKENS - 4)
 BF16 = Bounds(median=0.15, worst=1.5, margin=1.0, least_prefix=NEW_TOKENS // 4)
 """Three times what bf16 costs on a CPU over these prompts: median 0.05, worst 0.55 (an expert chosen otherwise); the
 logits themselves spread by 2.4."""
+FP8_CACHE = Bounds(median=0.2, worst=3.0, margin=1.5, least_prefix=NEW_TOKENS // 4)
+"""Three times what bf16 with cached latents in fp8 costs on a CPU: median 0.065, worst 1.2, 24 tokens agree."""
+IN_FP8 = "engine.kv_cache_dtype=fp8"
 ON_GPU = ("device=cuda", "engine.cuda_graphs=off")
 FIXED = ("engine.max_model_len=256", "engine.prefix_caching=false")
 """A short page table and the same steps in every run."""
@@ -62,7 +65,16 @@ def test_bf16_stays_near_the_cpu(words: tuple[str, ...], oracle: Run) -> None:
     assert_follows(on_gpu("dtype=bfloat16", *words), oracle, BF16)
 
 
-@pytest.mark.parametrize(("words", "rows"), [(LAYOUTS[0], 8), (LAYOUTS[1], 1)], ids=["ep=1", "ep=8"])
+@pytest.mark.parametrize("words", LAYOUTS[:2], ids=" ".join)
+def test_a_latent_cache_in_fp8_stays_near_the_cpu(words: tuple[str, ...], oracle: Run) -> None:
+    assert_follows(on_gpu("dtype=bfloat16", IN_FP8, *words), oracle, FP8_CACHE)
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [(LAYOUTS[0], 8), (LAYOUTS[1], 1), ((*LAYOUTS[0], IN_FP8), 8)],
+    ids=["ep=1", "ep=8", "ep=1 fp8 cache"],
+)
 def test_graphs_change_no_bit(words: tuple[str, ...], rows: int) -> None:
     """Eight requests from first to last: every decode step fills a captured size, so that both runs have one shape."""
     shape = ("dtype=bfloat16", f"engine.max_num_seqs={rows}", f"engine.cuda_graph_sizes=[{rows}]", *words)
@@ -80,9 +92,10 @@ def test_padded_graphs_stay_near(oracle: Run) -> None:
     assert_follows(got, Run(oracle.answers[:3], 0, 0), FP32)
 
 
-def test_batch_invariance_on_the_device() -> None:
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_batch_invariance_on_the_device(cache: str) -> None:
     """Alone or among others, at ep=1 or ep=8: the same bits."""
-    words = ("dtype=bfloat16", "engine.batch_invariant=true")
+    words = ("dtype=bfloat16", "engine.batch_invariant=true", f"engine.kv_cache_dtype={cache}")
     crowd = on_gpu(*words, *LAYOUTS[0])
     alone = on_gpu(*words, *LAYOUTS[0], count=1)
     spread = on_gpu(*words, *LAYOUTS[2])

@@ -37,6 +37,9 @@ CHANGES: Final = MappingProxyType(
 """No width a multiple of 32."""
 
 
+TWO_BATCHES: Final = ("engine.two_batch_overlap=on", "engine.two_batch_tokens=2", "engine.two_batch_decode_tokens=2")
+
+
 @dataclass(frozen=True, slots=True)
 class Base:
     """A checkpoint, its prompts and the answers to each alone, by tp."""
@@ -60,6 +63,8 @@ DIMENSIONS: Final = MappingProxyType(
         "local": ["dispatch=local"],
         "chunks": ["engine.max_num_batched_tokens=7", "engine.max_num_seqs=6"],
         "dispatch-chunks": ["ep=4", "engine.dispatch_buffer_bytes=24KiB"],
+        "two-batches": ["ep=4", *TWO_BATCHES],
+        "two-batches-in-chunks": ["ep=4", "engine.max_num_batched_tokens=7", "engine.max_num_seqs=6", *TWO_BATCHES],
         "page-size": ["engine.page_size=5"],
         "redundant-static": ["ep=4", "placement.num_redundant_experts=7"],
         "redundant-turns": ["ep=4", "placement.num_redundant_experts=7", "placement.replica_choice=round_robin"],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from moe_kernels.errors import KernelError
 from moe_kernels.latent import Prepared, mla_prepare_
 from moe_kernels.latent.reference import latent_reference
+from moe_kernels.mla import LatentCache, ScaledLatent
 from moe_kernels.rope.reference import apply_rope_reference
 from torch import Tensor
 
@@ -114,6 +115,42 @@ def test_a_narrower_cache_rounds_after_the_rows_dtype() -> None:
     assert torch.equal(cache.view(12, 48)[problem.rows], got.latent.half())
 
 
+def stored(cache: ScaledLatent) -> tuple[Tensor, ...]:
+    """Flat rows; fp8 as its bytes."""
+    return tuple(part.flatten(0, 1) for part in (cache.data.view(torch.uint8), cache.scale, cache.rope))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [32, 20, 300])
+def test_an_fp8_cache_gets_the_bytes_of_torch(rank: int, dtype: torch.dtype, backend: str) -> None:
+    """The same launch writes what `ScaledLatent.write_` makes of the rows, one group or several, the last one short."""
+    problem = Problem.make(7, rank, 16, 2, dtype)
+    problem.rows[2] = -1
+    before = torch.randint(1, 100, (3, 4, rank), dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    scale, rope = torch.rand(3, 4, -(-rank // 128), device=DEVICE), torch.rand(3, 4, 16, device=DEVICE).to(dtype)
+    cache, wanted = (ScaledLatent(before.clone(), scale.clone(), rope.clone()) for _ in range(2))
+    got = prepare(problem, cache, backend)
+    assert got.latent is not None
+    real = problem.rows >= 0
+    wanted.write_(problem.rows[real], got.latent[real], backend="torch")
+    for ours, theirs in zip(stored(cache), stored(wanted), strict=True):
+        assert torch.equal(ours, theirs)
+    # Mutants: values that were not rounded to the rows' dtype, a neighbour's row.
+    if dtype is not torch.float32:
+        wide = replace(problem, down=problem.down.float())
+        prepare(wide, cache, backend)
+        assert not torch.equal(stored(cache)[1], stored(wanted)[1])
+    wanted.write_(problem.rows[real], got.latent[real].roll(1, 0), backend="torch")
+    assert not torch.equal(stored(cache)[0], stored(wanted)[0])
+
+
+def prepare(p: Problem, cache: LatentCache, backend: str) -> Prepared:
+    return mla_prepare_(
+        p.query, p.down, p.cos, p.sin, kv_norm=p.norm, eps=EPS, cache=cache, cache_rows=p.rows, backend=backend
+    )
+
+
 def test_a_token_does_not_depend_on_the_others() -> None:
     problem = Problem.make(6, 32, 16, 3, torch.float32)
     together = problem.run(backend="triton")
@@ -133,5 +170,12 @@ def test_errors() -> None:
         mla_prepare_(p.query, p.down, p.cos[:, 1:], p.sin, kv_norm=p.norm, eps=EPS, cache=None, cache_rows=None)
     with pytest.raises(KernelError, match=r"cache_rows is None; with a cache it must be \(3,\) int64"):
         mla_prepare_(p.query, p.down, p.cos, p.sin, kv_norm=p.norm, eps=EPS, cache=p.cache, cache_rows=None)
+    narrow = ScaledLatent.zeros(3, 4, latent=31, rope=16, rope_dtype=torch.float32, device=DEVICE)
+    with pytest.raises(KernelError, match=r"cache\.data is \(3, 4, 31\) .* must be contiguous \[P, S, 32\]"):
+        prepare(p, narrow, "torch")
+    strided = ScaledLatent.zeros(3, 4, latent=32, rope=32, rope_dtype=torch.float32, device=DEVICE)
+    strided = ScaledLatent(strided.data, strided.scale, strided.rope[..., ::2])
+    with pytest.raises(KernelError, match=r"cache\.rope is \(3, 4, 16\) with strides .* must be contiguous"):
+        prepare(p, strided, "torch")
     with pytest.raises(KernelError, match="keep nothing"):
         p.run(cached=False, keep=False, backend="torch")

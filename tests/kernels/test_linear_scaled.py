@@ -27,9 +27,9 @@ def weight(n: int, k: int) -> BlockScaled:
     return w
 
 
-def reference(x: Tensor, w: BlockScaled) -> Tensor:
+def reference(x: Tensor, w: BlockScaled, *, ue8m0: bool = False) -> Tensor:
     """The product of what the fp8 operands stand for, fp64."""
-    rows = dequantize(quantize_rows(x.reshape(-1, x.shape[-1]), backend="torch"), backend="torch")
+    rows = dequantize(quantize_rows(x.reshape(-1, x.shape[-1]), ue8m0=ue8m0, backend="torch"), backend="torch")
     want = linear_reference(rows, dequantize(w, block=(128, 128), backend="torch"))
     return want.view(*x.shape[:-1], w.shape[0])
 
@@ -49,6 +49,15 @@ def test_matches_reference(shape: tuple[int, int], batch_invariant: bool, backen
         mutant = BlockScaled(w.data, w.scale.roll(1, 0))  # a block's scale for its neighbour's
         with pytest.raises(AssertionError):
             torch.testing.assert_close(linear(x, mutant, backend=backend).double(), want, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_scales_of_powers_of_two(backend: str) -> None:
+    w, x = weight(130, 272), torch.randn(9, 272, device=DEVICE)
+    got = linear(x, w, ue8m0=True, backend=backend).double()
+    torch.testing.assert_close(got, reference(x, w, ue8m0=True), atol=TOLERANCE, rtol=TOLERANCE)
+    with pytest.raises(AssertionError):  # mutant: plain scales
+        torch.testing.assert_close(got, reference(x, w), atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from moe_kernels import backends
 from moe_kernels.errors import KernelError
-from moe_kernels.mla import absorbed, expanded, mla_absorbed, mla_expanded_batched, plan_absorbed
+from moe_kernels.mla import ScaledLatent, absorbed, expanded, mla_absorbed, mla_expanded_batched, plan_absorbed
 from moe_kernels.mla.plan import AbsorbedPlan
 from moe_kernels.mla.reference import mla_absorbed_reference, mla_expanded_reference
 from torch import Tensor
@@ -250,3 +250,32 @@ def test_lengths_known_on_the_host_make_the_same_plan(batch_invariant: bool) -> 
     assert torch.equal(mla_absorbed(q, rope, cache, table, lens, plan=told, **use), want)
     with FakeTensorMode() as fake:
         plan_absorbed(fake.from_tensor(table), fake.from_tensor(lens), lengths=lengths, **options)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("latent", [14, 160])
+def test_fp8_rows_are_read_as_their_plain_copies(latent: int, batch_invariant: bool) -> None:
+    """The same bits as from a plain cache of the dequantised rows; other rows are never read."""
+    lengths = [5, 0, 130, 1]
+    kv = paged(sequences(lengths, latent + 6, torch.float32), page_size=4)
+    pages, size, width = kv.cache.shape
+    mine = kv.cache.view(-1, width).isfinite().all(dim=1)
+    fp8 = ScaledLatent.zeros(pages, size, latent=latent, rope=6, rope_dtype=torch.float32)
+    fp8.scale.fill_(torch.nan)
+    fp8.rope.fill_(torch.nan)
+    fp8.write_(mine.nonzero().squeeze(1), kv.cache.view(-1, width)[mine])
+    q_latent, q_rope = torch.randn(len(lengths), 3, latent), torch.randn(len(lengths), 3, 6)
+
+    def attend(cache: Tensor | ScaledLatent) -> Tensor:
+        return mla_absorbed(
+            q_latent, q_rope, cache, kv.page_table, kv.kv_lens, scale=SCALE, batch_invariant=batch_invariant
+        )
+
+    want = attend(fp8.dense(torch.float32))
+    assert torch.equal(attend(fp8), want)
+    assert not torch.equal(attend(kv.cache), want), "rounding shows"
+    wrong = ScaledLatent(fp8.data, fp8.scale * 2, fp8.rope)
+    assert not torch.equal(attend(wrong), want)
+    narrow = ScaledLatent.zeros(pages, size, latent=latent - 1, rope=6, rope_dtype=torch.float32)
+    with pytest.raises(KernelError, match=rf"cached rows of {latent + 5}, .* widths must add up"):
+        attend(narrow)

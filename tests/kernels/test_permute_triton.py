@@ -54,6 +54,9 @@ def test_order_by_hand() -> None:
     assert got.row_of.tolist() == [[8, 0], [1, -1], [9, 4]]
     assert got.data.shape == (15, 1)
     assert got.data[[0, 1, 4, 8, 9], 0].tolist() == [0, 1, 2, 0, 2]
+    exact = permute(x, slots, 3, alignment=4, num_rows=12, backend="triton")
+    assert exact.data.shape == (12, 1), "the end of the last slot's span"
+    assert exact.data[[0, 1, 4, 8, 9], 0].tolist() == [0, 1, 2, 0, 2]
 
 
 @pytest.mark.usefixtures("launches")

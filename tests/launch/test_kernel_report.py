@@ -88,3 +88,12 @@ def test_doctor_prints_it() -> None:
     doctor(["job=doctor", *DECODE], console=PlainConsole(stream))
     text = stream.getvalue()
     assert "\nkernels\n" in text and "experts" in text and "decode (512 rows a slot)" in text
+
+
+def test_a_latent_cache_in_fp8_is_stated() -> None:
+    plain, fp8 = report(*DECODE), report(*DECODE, "engine.kv_cache_dtype=fp8")
+    for op in ("MLA decode", "latent rows"):
+        assert "latents in fp8" in fp8[op].why and "fp8" not in plain[op].why
+    said = io.StringIO()
+    doctor([*DECODE, "engine.kv_cache_dtype=fp8"], console=PlainConsole(said))
+    assert "39.08 KiB over 61 layers, latents in FP8 with scales" in said.getvalue()  # 61 layers of 656 bytes

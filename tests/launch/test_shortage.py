@@ -10,7 +10,7 @@ from moe_kernels import backends
 
 from moe_runtime import LLM
 from moe_runtime.cache.latent import LatentKVCache
-from moe_runtime.engine.graphs import StepBuffers
+from moe_runtime.engine.step_buffers import StepBuffers
 from moe_runtime.errors import CommunicationError, ConfigError
 from moe_runtime.launch import graphs as launch_graphs
 from moe_runtime.launch.compose import compose

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+import torch
+from moe_kernels.mla import ScaledLatent
 from moe_models.registry import tensor_specs
 
+from moe_runtime.cache.latent import LatentKVCache
 from moe_runtime.config import EngineConfig
+from moe_runtime.dispatch.factory import buffer_bytes, most_tokens
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.compose import Composed, compose
 from moe_runtime.launch.placing import expert_placement, num_local_slots
+from moe_runtime.launch.shuffle import whole_spec
 from moe_runtime.launch.sizing import (
     AUTO_KV_BYTES,
     WeightBytes,
     cache_size,
     compute_dtype,
-    dispatch_bytes,
     expert_dtype,
     format_bytes,
     page_size,
@@ -88,12 +93,64 @@ def test_cache_sizes() -> None:
         cache_size(EngineConfig(page_size=64, kv_cache_bytes=1000), run.model, itemsize=2)
 
 
+@pytest.mark.parametrize(
+    ("words", "per_layer"),
+    [
+        (["model=deepseek_v3"], 512 + 4 * 4 + 64 * 2),
+        (["model=deepseek_v3", "dtype=float32"], 512 + 4 * 4 + 64 * 4),
+        (["model=demo"], 64 + 1 * 4 + 16 * 4),
+    ],
+)
+def test_fp8_latents_take_their_exact_bytes(words: list[str], per_layer: int) -> None:
+    run = compose([*words, "engine.kv_cache_dtype=fp8", "engine.kv_cache_bytes=64MiB"])
+    itemsize = compute_dtype(run.config, run.model).itemsize
+    size = cache_size(run.config.engine, run.model, itemsize=itemsize)
+    assert size.bytes_per_token == run.model.num_layers * per_layer
+    assert size.num_pages == 2**26 // (size.bytes_per_token * size.page_size)
+    with pytest.raises(ConfigError, match=rf"one page of 16 tokens takes {16 * size.bytes_per_token} bytes"):
+        cache_size(replace(run.config.engine, kv_cache_bytes=1000), run.model, itemsize=itemsize)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("latent", [20, 128, 160, 512])
+def test_the_cache_holds_what_is_stated(latent: int, fp8: bool) -> None:
+    """A scale per started 128 values, whatever the width."""
+    run = compose([f"engine.kv_cache_dtype={'fp8' if fp8 else 'auto'}", "engine.kv_cache_bytes=1MiB"])
+    model = replace(run.model, kv_lora_rank=latent)
+    size = cache_size(run.config.engine, model, itemsize=2)
+    cache = LatentKVCache.zeros(
+        model.num_layers,
+        num_pages=size.num_pages,
+        page_size=size.page_size,
+        latent=latent,
+        rope=model.qk_rope_head_dim,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        fp8=fp8,
+    )
+    parts = [
+        part
+        for layer in cache.layers
+        for part in ((layer.data, layer.scale, layer.rope) if isinstance(layer, ScaledLatent) else (layer,))
+    ]
+    assert sum(part.nbytes for part in parts) == size.num_bytes
+    assert size.bytes_per_token == model.num_layers * (
+        latent + 4 * -(-latent // 128) + 2 * model.qk_rope_head_dim if fp8 else 2 * model.latent_dim
+    )
+
+
 @pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather", "local"])
 def test_dispatch_bytes_grow_with_tokens(dispatch: str) -> None:
     run = compose([f"dispatch={dispatch}", "ep=1"] if dispatch == "local" else [f"dispatch={dispatch}", "ep=8"])
     slots = num_local_slots(run.config, run.model)
-    one, ten = (dispatch_bytes(run.config, run.model, num_local_slots=slots, tokens=n, itemsize=2) for n in (1, 10))
+    whole = whole_spec(run.config, run.model, num_slots=slots)
+    one, ten = (buffer_bytes(dispatch, replace(whole, max_tokens=n)) for n in (1, 10))
     assert 0 < one < ten <= 10 * one
+    for cap in (one, ten - 1, ten, 10**12):
+        found = most_tokens(dispatch, whole, cap_bytes=cap)
+        assert buffer_bytes(dispatch, replace(whole, max_tokens=found)) <= cap
+        assert found == whole.max_tokens or buffer_bytes(dispatch, replace(whole, max_tokens=found + 1)) > cap
+    assert most_tokens(dispatch, whole, cap_bytes=one - 1) == 0
 
 
 def test_a_process_holds_equal_slices_once() -> None:

@@ -21,7 +21,8 @@ def on_tp_ranks(table: Tensor, x: Tensor, ids: Tensor, rows: Tensor) -> list[tup
             first, last = vocab_shard(VOCAB, tp=TP, tp_rank=rank)
             tp, mine = groups[rank].tp, x.chunk(TP)[rank]
             embedding = VocabEmbedding(table[first:last], first, tp)
-            return embedding(ids), VocabHead(Linear.of(table[first:last]), VOCAB, tp)(mine, rows)
+            head = VocabHead(Linear.of(table[first:last]), VOCAB, tp)
+            return embedding(ids), head(head.gather(mine, rows))
 
         return cluster.run(program)
 

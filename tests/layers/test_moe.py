@@ -28,6 +28,7 @@ from moe_runtime.layers.router import Router
 from moe_runtime.parallel.placement import ExpertPlacement
 from moe_runtime.parallel.replicas import ReplicaChoice
 from moe_runtime.types import LogicalRouting
+from tests.dispatch.contract import spec_of
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 16, 12, 8, 3
 RULE = GateRule(
@@ -134,7 +135,7 @@ def run(weights: Weights, inputs: list[Tensor], variant: Variant, *, num_real: S
                 batch_invariant=invariant,
             ),
             selector=placement.selector(ep.rank, choice=variant.choice, ranks_per_node=2),
-            dispatcher=make_dispatcher(variant.dispatch, ep, rows=RowLayout(placement.num_local, variant.layout)),
+            dispatcher=make_dispatcher(variant.dispatch, ep, spec_of(RowLayout(placement.num_local, variant.layout))),
             experts=Experts(prepare_experts(w13[slots], w2[slots]), invariant),
             shared=None if variant.dispatched else shared,
             recorder=recorders[ep.rank],

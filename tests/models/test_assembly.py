@@ -29,6 +29,7 @@ from moe_runtime.loading.checkpoint import Checkpoint, Region
 from moe_runtime.loading.source import CheckpointSource
 from moe_runtime.parallel.mesh import ProcessMesh
 from moe_runtime.parallel.placement import ExpertPlacement
+from tests.dispatch.contract import spec_of
 
 NUM_SHARED, WIDTH, ROUTED = 2, 32, 16
 
@@ -74,7 +75,7 @@ def assembled(
             source=source,
             placement=placement,
             selector=placement.selector(0),
-            dispatcher=make_dispatcher("all_to_all", groups.ep, rows=RowLayout(placement.num_local)),
+            dispatcher=make_dispatcher("all_to_all", groups.ep, spec_of(RowLayout(placement.num_local))),
             recorder=LoadRecorder(len(config.moe_layers), logical),
             shared_experts=shared,
             batch_invariant=batch_invariant,

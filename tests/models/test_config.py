@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -83,7 +84,9 @@ def test_variants_of_v3() -> None:
     assert (config.rope_theta, config.rms_norm_eps, config.latent_norm_eps) == (50000.0, 1e-5, 1e-6)
     v31 = published("deepseek_v3")
     v31["quantization_config"] |= {"scale_fmt": "ue8m0"}
-    assert parse_config(v31, source="v3.1") == load_config(SHAPES / "deepseek_v3.json")
+    v3 = load_config(SHAPES / "deepseek_v3.json")
+    assert v3.quantization == Fp8Blocks()
+    assert parse_config(v31, source="v3.1") == dataclasses.replace(v3, quantization=Fp8Blocks(ue8m0=True))
 
 
 def test_remote_code_is_never_a_reason() -> None:

@@ -119,6 +119,12 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     ("deepseek_v3", {"quantization_config": FP8 | {"weight_block_size": 128}}, ["weight_block_size=128", "list"]),
     ("deepseek_v3", {"quantization_config": FP8 | {"weight_block_size": None}}, ["'weight_block_size' is null"]),
+    (
+        "deepseek_v3",
+        {"quantization_config": FP8 | {"scale_fmt": "ue8m1"}},
+        ["quantization_config: scale_fmt='ue8m1'", "must be one of 'ue8m0'"],
+    ),
+    ("deepseek_v3", {"quantization_config": FP8 | {"scale_fmt": True}}, ["scale_fmt=True", "must be one of 'ue8m0'"]),
     # keys that contradict each other
     ("deepseek_v3", {"n_group": 7}, ["n_group=7 does not divide n_routed_experts=256", "nearest divisor is n_group=8"]),
     ("deepseek_v3", {"topk_group": 9}, ["topk_group=9 must be 1..8", "nearest valid value is 8"]),

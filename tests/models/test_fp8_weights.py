@@ -33,6 +33,7 @@ from moe_runtime.loading.checkpoint import Checkpoint
 from moe_runtime.loading.source import CheckpointSource
 from moe_runtime.parallel.mesh import ProcessMesh
 from moe_runtime.parallel.placement import ExpertPlacement
+from tests.dispatch.contract import spec_of
 from tests.models.fp8_checkpoint import SIZES, write_fp8
 
 NOT_WEIGHTS = {"rotary", "dispatcher", "selector", "recorder", "tp", "location"}
@@ -61,7 +62,7 @@ def assembled(
             source=CheckpointSource(Checkpoint.open(folder), specs, dtype=torch.bfloat16, device=torch.device("cpu")),
             placement=placement,
             selector=placement.selector(rank),
-            dispatcher=make_dispatcher("all_to_all", groups.ep, rows=RowLayout(placement.num_local)),
+            dispatcher=make_dispatcher("all_to_all", groups.ep, spec_of(RowLayout(placement.num_local))),
             recorder=LoadRecorder(len(config.moe_layers), logical),
             shared_experts=shared,
             batch_invariant=batch_invariant,

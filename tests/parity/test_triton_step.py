@@ -77,7 +77,7 @@ KERNELS: Final = frozenset(
         *("gate", "place", "grouped_gemm", "unpermute", "swiglu"),
     )
 )
-"""All that a step without fp8 launches; all_to_all sorts with host counts, so without `place_kernel`."""
+"""All that a run without fp8 launches."""
 
 CASES: Final = MappingProxyType(
     {
@@ -85,6 +85,7 @@ CASES: Final = MappingProxyType(
         "v3-tp-all-gather": ("v3", ["ep=4", "tp=2", "dispatch=all_gather", "engine.page_size=16"]),
         "v2-shared-dispatched": ("v2", ["ep=1", "dispatch=local", "shared_experts=dispatched"]),
         "v2-all-to-all": ("v2", ["ep=4", "tp=4", "dispatch=all_to_all", "engine.max_num_batched_tokens=4"]),
+        "v3-fp8-cache": ("v3", ["ep=2", "dispatch=all_gather", "engine.kv_cache_dtype=fp8"]),
         "v3-redundant": (
             "v3",
             [
@@ -111,7 +112,7 @@ def test_logits_and_tokens(folder: Folder, monkeypatch: pytest.MonkeyPatch, name
 
     monkeypatch.setattr(GridExecutor, "__call__", recorded)
     on_triton = answers(folder(model), words, triton=True)
-    assert ran == KERNELS - ({"place_kernel"} if "dispatch=all_to_all" in words else set())
+    assert ran == KERNELS
     ran.clear()
     assert_close(on_triton, answers(folder(model), words, triton=False), tolerance=TOLERANCE)
     assert not ran
@@ -122,3 +123,10 @@ def test_invariant_mode_is_bitwise_equal_over_ep_and_batch_mates(folder: Folder)
     together = answers(folder("v3"), [*invariant, "ep=2", "dispatch=all_to_all"], triton=True)
     alone = answers(folder("v3"), [*invariant, "ep=1", "dispatch=local"], triton=True, prompts=PROMPTS[:1])
     assert_same_bits(together[:1], alone)
+
+
+def test_invariant_mode_on_an_fp8_cache_does_not_see_chunks(folder: Folder) -> None:
+    words = ["engine.batch_invariant=true", "engine.kv_cache_dtype=fp8", "ep=1", "dispatch=local"]
+    whole = answers(folder("v3"), words, triton=True)
+    cut = answers(folder("v3"), [*words, "engine.max_num_batched_tokens=3", "engine.page_size=16"], triton=True)
+    assert_same_bits(cut, whole)

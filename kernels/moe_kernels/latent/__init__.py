@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_kernels.backends import choose_backend
 from moe_kernels.errors import KernelError
 from moe_kernels.latent import eager
+from moe_kernels.mla.latent import LatentCache, ScaledLatent
 
 __all__ = ["Prepared", "mla_prepare_"]
 
@@ -33,7 +34,7 @@ def mla_prepare_(
     *,
     kv_norm: Tensor,
     eps: float,
-    cache: Tensor | None,
+    cache: LatentCache | None,
     cache_rows: Tensor | None,
     keep_latent: bool = True,
     backend: str | None = None,
@@ -43,7 +44,8 @@ def mla_prepare_(
     `query_rope [n, h, R]` and `down [n, C+R]` may be slices with rows of unit stride; `cos, sin [n, R/2]`: see
     `apply_rope`; `kv_norm [C]`: see `rms_norm`. `cache [P, S, C+R]` is written in place at `cache_rows [n] int64`, row
     numbers over all pages, distinct; a negative one is written nowhere (padding). A row is rounded to down's dtype
-    first, then to the cache's. `cache=None` writes nothing; `keep_latent=False` returns no latent.
+    first, then to the cache's; for a `ScaledLatent` it is quantised in the same launch, to the bytes of `write_`.
+    `cache=None` writes nothing; `keep_latent=False` returns no latent.
     A token's bits depend on its own rows alone. Raises KernelError where shapes do not fit or nothing would be kept.
     """
     rank, width = kv_norm.shape[0], query_rope.shape[-1]
@@ -60,11 +62,12 @@ def mla_prepare_(
         )
     if cache is None and not keep_latent:
         raise KernelError("mla_prepare_: cache=None and keep_latent=False keep nothing; give one")
-    if cache is not None and (not cache.is_contiguous() or cache.shape[-1] != rank + width):
-        raise KernelError(
-            f"mla_prepare_: cache is {tuple(cache.shape)} with strides {cache.stride()}; it must be contiguous "
-            f"[P, S, {rank + width}]"
-        )
+    if isinstance(cache, ScaledLatent):
+        _check_part("cache.data", cache.data, rank)
+        _check_part("cache.scale", cache.scale, cache.scale.shape[-1])
+        _check_part("cache.rope", cache.rope, width)
+    elif cache is not None:
+        _check_part("cache", cache, rank + width)
     if cache is not None and (cache_rows is None or cache_rows.shape != (tokens,) or cache_rows.dtype != torch.int64):
         seen = "None" if cache_rows is None else f"{tuple(cache_rows.shape)} {cache_rows.dtype}"
         raise KernelError(f"mla_prepare_: cache_rows is {seen}; with a cache it must be ({tokens},) int64")
@@ -76,3 +79,11 @@ def mla_prepare_(
     from moe_kernels.latent import triton as kernels
 
     return Prepared(*kernels.mla_prepare(query_rope, down, cos, sin, kv_norm, eps, cache, cache_rows, keep_latent))
+
+
+def _check_part(name: str, part: Tensor, columns: int) -> None:
+    if not part.is_contiguous() or part.shape[-1] != columns:
+        raise KernelError(
+            f"mla_prepare_: {name} is {tuple(part.shape)} with strides {part.stride()}; it must be contiguous "
+            f"[P, S, {columns}]"
+        )

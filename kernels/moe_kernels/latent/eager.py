@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_kernels.mla.latent import LatentCache, ScaledLatent
 from moe_kernels.norm import rms_norm
 from moe_kernels.rope import apply_rope
 
@@ -19,9 +20,12 @@ def mla_prepare(
     return rotated[:, :-1], torch.cat((normed, rotated[:, -1]), dim=-1)
 
 
-def write_rows_(cache: Tensor, rows: Tensor, latent: Tensor) -> None:
+def write_rows_(cache: LatentCache, rows: Tensor, latent: Tensor) -> None:
     """Write `latent [n, C+R]` at `rows [n]`, not where they are negative. Waits for the device."""
     if rows.numel() and int(rows.min()) < 0:
         kept = (rows >= 0).nonzero().squeeze(1)
         rows, latent = rows[kept], latent[kept]
-    cache.view(-1, cache.shape[-1]).index_copy_(0, rows, latent.to(cache.dtype))
+    if isinstance(cache, ScaledLatent):
+        cache.write_(rows, latent, backend="torch")
+    else:
+        cache.view(-1, cache.shape[-1]).index_copy_(0, rows, latent.to(cache.dtype))

@@ -25,18 +25,23 @@ def prepare_weight(w: Tensor | BlockScaled) -> LinearWeight:
 
 
 def linear(
-    x: Tensor | BlockScaled, w: LinearWeight, *, batch_invariant: bool = False, backend: str | None = None
+    x: Tensor | BlockScaled,
+    w: LinearWeight,
+    *,
+    batch_invariant: bool = False,
+    ue8m0: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     """`x [..., K] @ w [N, K]^T -> [..., N]` in x's dtype: that of w (fp32 or bf16), any float for a block-scaled w.
 
-    With a block-scaled w, x is quantised per row and 128 values (`quantize_rows`), or comes as such (`[T, K]`; the
-    result is bf16), and products run as `grouped_gemm_ragged` with one slot on `backend`, which others do not heed:
-    `torch` dequantises both; `cublas`, never chosen unasked, is cuBLASLt's own block-scaled product. With
-    `batch_invariant` a row's bits depend on that row and `w` alone.
+    With a block-scaled w, x is quantised per row and 128 values (`quantize_rows`; `ue8m0`: by powers of two), or comes
+    as such (`[T, K]`; the result is bf16), and products run as `grouped_gemm_ragged` with one slot on `backend`, which
+    others do not heed: `torch` dequantises both; `cublas`, never chosen unasked, is cuBLASLt's own product of blocks.
+    With `batch_invariant` a row's bits depend on that row and `w` alone.
     Raises KernelError where widths, dtypes or scales do not fit.
     """
     if isinstance(w, BlockScaled) or isinstance(x, BlockScaled):
-        return _scaled(x, w, batch_invariant, backend)
+        return _scaled(x, w, batch_invariant, ue8m0, backend)
     if x.shape[-1] != w.shape[1] or x.dtype != w.dtype:
         raise KernelError(
             f"linear got x {tuple(x.shape)} {x.dtype} and w {tuple(w.shape)} {w.dtype}; "
@@ -54,12 +59,14 @@ def linear(
     return out.view(*x.shape[:-1], w.shape[0])
 
 
-def _scaled(x: Tensor | BlockScaled, w: LinearWeight, batch_invariant: bool, backend: str | None) -> Tensor:
+def _scaled(
+    x: Tensor | BlockScaled, w: LinearWeight, batch_invariant: bool, ue8m0: bool, backend: str | None
+) -> Tensor:
     from moe_kernels.linear.scaled import scaled_linear  # the grouped GEMM imports this package
 
     if not isinstance(w, BlockScaled):
         raise KernelError(f"linear got fp8 x with scales and w {tuple(w.shape)} {w.dtype}; w must be BlockScaled too")
-    return scaled_linear(x, w, batch_invariant=batch_invariant, backend=backend)
+    return scaled_linear(x, w, batch_invariant=batch_invariant, ue8m0=ue8m0, backend=backend)
 
 
 def head_linear(x: Tensor, w: Tensor, *, batch_invariant: bool = False) -> Tensor:

@@ -16,13 +16,15 @@ from moe_kernels.scaled import BLOCK, BlockScaled, num_blocks
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def scaled_linear(x: Tensor | BlockScaled, w: BlockScaled, *, batch_invariant: bool, backend: str | None) -> Tensor:
+def scaled_linear(
+    x: Tensor | BlockScaled, w: BlockScaled, *, batch_invariant: bool, ue8m0: bool, backend: str | None
+) -> Tensor:
     """`x [..., K] @ w [N, K]^T -> [..., N]`; see `linear`."""
     _check(x, w)
     if backend == "cublas":
         require(not batch_invariant, "linear: cublas has no batch-invariant mode; take backend='triton'")
-        return _by_cublas(x, w)
-    rows = _quantized(x.reshape(-1, x.shape[-1]), backend) if isinstance(x, Tensor) else x
+        return _by_cublas(x, w, ue8m0)
+    rows = _quantized(x.reshape(-1, x.shape[-1]), ue8m0, backend) if isinstance(x, Tensor) else x
     total, device = rows.shape[0], rows.data.device
     # DeepGEMM reads as many rows as it is told; the others stop at the last one.
     exact = backend == "deep_gemm"
@@ -38,7 +40,7 @@ def scaled_linear(x: Tensor | BlockScaled, w: BlockScaled, *, batch_invariant: b
     return out.view(*x.shape[:-1], w.shape[0])
 
 
-def _by_cublas(x: Tensor | BlockScaled, w: BlockScaled) -> Tensor:
+def _by_cublas(x: Tensor | BlockScaled, w: BlockScaled, ue8m0: bool) -> Tensor:
     """Rows filled up to a multiple of what cuBLASLt takes; those that come quantised must be such already."""
     if isinstance(x, BlockScaled):
         return cublas.scaled_product(x, w)
@@ -47,12 +49,12 @@ def _by_cublas(x: Tensor | BlockScaled, w: BlockScaled) -> Tensor:
     if total == 0:
         return x.new_empty(*x.shape[:-1], w.shape[0])
     filled = F.pad(rows, (0, 0, 0, -total % cublas.ROW_UNIT)) if total % cublas.ROW_UNIT else rows
-    out = cublas.scaled_product(quantize_rows(filled, scale_layout="mn"), w)
+    out = cublas.scaled_product(quantize_rows(filled, ue8m0=ue8m0, scale_layout="mn"), w)
     return out[:total].to(x.dtype).view(*x.shape[:-1], w.shape[0])
 
 
-def _quantized(x: Tensor, backend: str | None) -> BlockScaled:
-    return quantize_rows(x, scale_layout="mn", backend=None if backend == "deep_gemm" else backend)
+def _quantized(x: Tensor, ue8m0: bool, backend: str | None) -> BlockScaled:
+    return quantize_rows(x, ue8m0=ue8m0, scale_layout="mn", backend=None if backend == "deep_gemm" else backend)
 
 
 def _check(x: Tensor | BlockScaled, w: BlockScaled) -> None:

@@ -16,12 +16,20 @@ from moe_kernels.errors import KernelError
 from moe_kernels.mla import absorbed
 from moe_kernels.mla.expanded import mla_expanded_batched
 from moe_kernels.mla.flash_mla import FlashPlan
-from moe_kernels.mla.latent import ScaledLatent
+from moe_kernels.mla.latent import LatentCache, ScaledLatent
 from moe_kernels.mla.plan import AbsorbedPlan as GatherPlan
 from moe_kernels.mla.plan import plan_absorbed as plan_gather
 from moe_kernels.mla.work import WorkPlan
 
-__all__ = ["BACKENDS", "AbsorbedPlan", "ScaledLatent", "mla_absorbed", "mla_expanded_batched", "plan_absorbed"]
+__all__ = [
+    "BACKENDS",
+    "AbsorbedPlan",
+    "LatentCache",
+    "ScaledLatent",
+    "mla_absorbed",
+    "mla_expanded_batched",
+    "plan_absorbed",
+]
 
 AbsorbedPlan: TypeAlias = GatherPlan | WorkPlan | FlashPlan
 """What a backend makes of a step's page tables and lengths; opaque to callers, and it says which backend runs."""
@@ -70,7 +78,7 @@ def plan_absorbed(
 def mla_absorbed(
     q_latent: Tensor,
     q_rope: Tensor,
-    cache: Tensor | ScaledLatent,
+    cache: LatentCache,
     page_table: Tensor,
     kv_lens: Tensor,
     *,
@@ -84,18 +92,16 @@ def mla_absorbed(
 
     Only those rows are read: what else the pages hold, and the table's entries past them, do not matter. `plan` is what
     `plan_absorbed` made of the same table, lengths and mode, to be shared by the layers of a step; its backend serves
-    the call. Without one, `backend` chooses (see `choose_backend`). Scores are fp32 in every dtype. With
-    `batch_invariant` a token's bits depend on its query and its rows alone. The torch backend rebuilds a whole
-    `ScaledLatent` first: a reference, not a fast path. Raises KernelError where shapes differ.
+    the call. Without one, `backend` chooses (see `choose_backend`). Scores are fp32 in every dtype; rows of a
+    `ScaledLatent` are brought to the query's dtype first. With `batch_invariant` a token's bits depend on its query and
+    its rows alone. Raises KernelError where shapes differ.
     """
-    if (
-        type(plan) is GatherPlan and backend is None and isinstance(cache, Tensor)
-    ):  # a CPU's way costs no more than this
+    if type(plan) is GatherPlan and backend is None:  # a CPU's way costs no more than this
         return absorbed.mla_absorbed(
             q_latent, q_rope, cache, page_table, kv_lens, scale=scale, batch_invariant=batch_invariant, plan=plan
         )
     if plan is None:
-        size = cache.rope.shape[1] if isinstance(cache, ScaledLatent) else cache.shape[1]
+        size = cache.page_size if isinstance(cache, ScaledLatent) else cache.shape[1]
         plan = plan_absorbed(
             page_table,
             kv_lens,
@@ -110,9 +116,8 @@ def mla_absorbed(
             f"mla_absorbed: backend={backend!r} and a plan made for {found!r}; plan with the same backend"
         )
     if isinstance(plan, GatherPlan):
-        rows = cache.dense(q_latent.dtype) if isinstance(cache, ScaledLatent) else cache
         return absorbed.mla_absorbed(
-            q_latent, q_rope, rows, page_table, kv_lens, scale=scale, batch_invariant=batch_invariant, plan=plan
+            q_latent, q_rope, cache, page_table, kv_lens, scale=scale, batch_invariant=batch_invariant, plan=plan
         )
     if plan.batch_invariant != batch_invariant:
         raise KernelError(

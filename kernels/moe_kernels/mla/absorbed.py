@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_kernels.errors import KernelError
-from moe_kernels.mla.plan import BLOCK, GROUP, AbsorbedPart, AbsorbedPlan, BlockedPart, plan_absorbed
+from moe_kernels.mla.latent import LatentCache, ScaledLatent
+from moe_kernels.mla.plan import GROUP, AbsorbedPart, AbsorbedPlan, BlockedPart, plan_absorbed
 
 _FP32_ELEMENTS = 1 << 18
 """Up to this many gathered values CPU products run in fp32: a bf16 one costs 15 us however small."""
@@ -19,7 +20,7 @@ _FP32_ELEMENTS = 1 << 18
 def mla_absorbed(
     q_latent: Tensor,
     q_rope: Tensor,
-    cache: Tensor,
+    cache: LatentCache,
     page_table: Tensor,
     kv_lens: Tensor,
     *,
@@ -32,17 +33,22 @@ def mla_absorbed(
 
     Only those rows are read: what else the pages hold, and the table's entries past them, do not matter. `plan` is what
     `plan_absorbed` made of the same table, lengths and mode, to be shared by the layers of a step. Scores are fp32 in
-    every dtype. With `batch_invariant` a token's bits depend on its query and its rows alone. Raises KernelError where
-    shapes differ.
+    every dtype; fp8 rows are brought to the query's first. With `batch_invariant` a token's bits depend on its query
+    and its rows alone. Raises KernelError where shapes differ.
     """
-    if q_latent.shape[-1] + q_rope.shape[-1] != cache.shape[-1] or page_table.shape[0] != q_latent.shape[0]:
+    rows: LatentCache
+    if isinstance(cache, ScaledLatent):
+        rows, size, width = cache, cache.page_size, cache.width
+    else:
+        rows, size, width = cache.flatten(0, 1), cache.shape[1], cache.shape[2]
+    if q_latent.shape[-1] + q_rope.shape[-1] != width or page_table.shape[0] != q_latent.shape[0]:
         raise KernelError(
             f"mla_absorbed got q_latent {tuple(q_latent.shape)}, q_rope {tuple(q_rope.shape)}, "
-            f"cache {tuple(cache.shape)}, page_table {tuple(page_table.shape)}; widths must add up, "
+            f"cached rows of {width}, page_table {tuple(page_table.shape)}; widths must add up, "
             f"one table row per token"
         )
     if plan is None:
-        plan = plan_absorbed(page_table, kv_lens, page_size=cache.shape[1], batch_invariant=batch_invariant)
+        plan = plan_absorbed(page_table, kv_lens, page_size=size, batch_invariant=batch_invariant)
     if plan.blocked != batch_invariant:
         raise KernelError(f"mla_absorbed got batch_invariant={batch_invariant} and a plan made for {plan.blocked}")
     if not plan.parts:
@@ -50,7 +56,7 @@ def mla_absorbed(
     query = torch.cat((q_latent, q_rope), dim=-1)
     if plan.order is not None:
         query = query.index_select(0, plan.order)
-    rows, outs = cache.flatten(0, 1), []
+    outs = []
     for part in plan.parts:
         some = query[part.first : part.first + part.count]
         outs.append(
@@ -64,9 +70,16 @@ def mla_absorbed(
     return out[..., : q_latent.shape[-1]]
 
 
-def _whole(query: Tensor, cache: Tensor, part: AbsorbedPart, scale: float) -> Tensor:
+def _gather(cache: LatentCache, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """`rows [t, L]` of a plain cache `[P·S, D]`, as they are, or of one in fp8, in `dtype` -> `[t, L, D]`."""
+    if isinstance(cache, ScaledLatent):
+        return cache.read(rows, dtype)
+    return cache.index_select(0, rows.view(-1)).view(*rows.shape, cache.shape[1])
+
+
+def _whole(query: Tensor, cache: LatentCache, part: AbsorbedPart, scale: float) -> Tensor:
     """`query [t, h, D]` -> `[t, h, D]`, each token's rows side by side."""
-    rows = cache.index_select(0, part.rows.view(-1)).view(*part.rows.shape, cache.shape[1])
+    rows = _gather(cache, part.rows, query.dtype)
     if query.dtype == torch.float32 or (query.device.type == "cpu" and rows.numel() <= _FP32_ELEMENTS):
         wide = rows.float()
         scores = torch.baddbmm(part.bias, query.float(), wide.transpose(1, 2), alpha=scale)
@@ -85,7 +98,7 @@ def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
     return rounded.float().add_(torch.baddbmm(rounded, a, b, beta=-1))
 
 
-def _blocked(query: Tensor, cache: Tensor, part: BlockedPart, scale: float) -> Tensor:
+def _blocked(query: Tensor, cache: LatentCache, part: BlockedPart, scale: float) -> Tensor:
     """As `_whole` in fp32, BLOCK rows at a time of GROUP tokens, each product of one shape and aligned alike.
 
     A block past a token's length leaves its maximum, sum and output as they are, bit for bit.
@@ -97,7 +110,7 @@ def _blocked(query: Tensor, cache: Tensor, part: BlockedPart, scale: float) -> T
     total, out = torch.zeros_like(peak), torch.zeros_like(wide)
     for places in part.blocks:
         rows, past = part.rows(places)
-        block = cache.index_select(0, rows.view(-1)).float().view(GROUP, BLOCK, width)
+        block = _gather(cache, rows, query.dtype).float()
         if extra:
             block = F.pad(block, (0, extra))
         scores = torch.bmm(wide, block.transpose(1, 2)).mul_(scale)

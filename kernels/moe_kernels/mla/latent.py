@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -60,6 +60,11 @@ class ScaledLatent:
         )
 
     @property
+    def page_size(self) -> int:
+        """S."""
+        return self.data.shape[1]
+
+    @property
     def width(self) -> int:
         """C + R."""
         return self.data.shape[2] + self.rope.shape[2]
@@ -77,12 +82,18 @@ class ScaledLatent:
         """The flat rows `rows [...] int64` -> `[..., C+R]` in `dtype`."""
         flat = rows.reshape(-1)
         data = self.data.flatten(0, 1).view(torch.uint8).index_select(0, flat).view(torch.float8_e4m3fn)
-        scale = self.scale.flatten(0, 1).index_select(0, flat).repeat_interleave(GROUP, dim=1)
-        latent = (data.float() * scale[:, : data.shape[1]]).to(dtype)
+        scale = self.scale.flatten(0, 1).index_select(0, flat)
+        if scale.shape[1] > 1:  # one group's scale broadcasts
+            scale = scale.repeat_interleave(GROUP, dim=1)[:, : data.shape[1]]
+        latent = (data.float() * scale).to(dtype)
         rope = self.rope.flatten(0, 1).index_select(0, flat).to(dtype)
         return torch.cat((latent, rope), dim=1).view(*rows.shape, self.width)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """All rows, `[P, S, C+R]`: what the torch backend reads."""
+        """All rows, `[P, S, C+R]`."""
         pages, size, _ = self.data.shape
         return self.read(torch.arange(pages * size, device=self.data.device).view(pages, size), dtype)
+
+
+LatentCache: TypeAlias = Tensor | ScaledLatent
+"""One layer's cached rows: `[P, S, C+R]` as they were computed, or in fp8."""

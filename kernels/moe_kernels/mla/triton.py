@@ -169,6 +169,9 @@ def aot_cases() -> Iterator[AotCase]:
         yield _case("fp16", heads, 512, 64, 64)
         yield _case("bf16", heads, 512, 64, 64, scaled=True, quick=heads == 128)
     yield _case("bf16", 32, 512, 64, 64, scaled=True)
+    yield _case("fp32", 16, 512, 64, 64, scaled=True)
+    for dtype in ("fp32", "bf16"):
+        yield _case(dtype, 8, 64, 16, 64, scaled=True)
     for dtype in ("fp32", "bf16"):
         for heads in (2, 8):
             yield _case(dtype, heads, 64, 16, 16)

@@ -56,7 +56,8 @@ def configure(heads: int, latent: int, *, itemsize: int, scaled: bool = False) -
     All entries are chosen by reasoning over registers and shared memory; not yet measured on hardware.
     """
     if itemsize == 4:
-        return Config(16, 16, 4, 2, split_warps=False, per_sm=1)
+        stages = 1 if scaled else 2  # two stages of fp8 rows spill
+        return Config(16, 16, 4, stages, split_warps=False, per_sm=1)
     if latent <= 128:
         return Config(16 if heads <= 16 else 64, 32, 4, 3, split_warps=False, per_sm=2)
     if scaled and heads <= 32:  # 8 warps: rescaling fp8 rows in 4 spills

@@ -40,13 +40,14 @@ def permute(
     quantize: bool = False,
     ue8m0: bool = False,
     scale_layout: str = "row",
+    num_rows: int | None = None,
     backend: str | None = None,
 ) -> Permuted:
     """`x [T, H]`, `slots [T, K] int64` -> rows sorted by slot, then token, then k.
 
     Ids outside 0..num_slots-1 go nowhere. Slot e+1 starts at `psum[e]` rounded up to `alignment`. On a CPU R is the end
-    of the last slot's span; elsewhere it is the worst case, `T * K + (alignment - 1) * num_slots`, so that the host
-    waits for nothing.
+    of the last slot's span; elsewhere it is `num_rows`, that end where the host knows it, or else the worst case,
+    `T * K + (alignment - 1) * num_slots`, so that the host waits for nothing.
     `quantize`: rows become fp8 with a scale per 128 columns (`ue8m0`, `scale_layout`: see `quantize_rows`). A
     `BlockScaled` x keeps its bytes, and its scales move along. `backend`: see `choose_backend`.
     Raises KernelError where shapes differ.
@@ -60,14 +61,14 @@ def permute(
         raise KernelError("permute: quantize=True got x in fp8 already; pass quantize=False, its scales move along")
     if choose_backend(tokens, backend, op="permute") == "torch":
         if isinstance(x, Tensor) and not quantize:
-            data, psum, row_of = eager.permute(x, slots, num_slots, alignment=alignment)
+            data, psum, row_of = eager.permute(x, slots, num_slots, alignment=alignment, num_rows=num_rows)
             return Permuted(data, psum, row_of)
         check_layout(scale_layout, "permute")
-        return Permuted(*eager.permute_scaled(x, slots, num_slots, alignment, ue8m0, scale_layout))
+        return Permuted(*eager.permute_scaled(x, slots, num_slots, alignment, ue8m0, scale_layout, num_rows))
     from moe_kernels.permute import triton as kernels
 
     check_layout(scale_layout, "permute")
-    return Permuted(*kernels.permute(x, slots, num_slots, alignment, quantize, ue8m0, scale_layout))
+    return Permuted(*kernels.permute(x, slots, num_slots, alignment, quantize, ue8m0, scale_layout, num_rows))
 
 
 def unpermute(

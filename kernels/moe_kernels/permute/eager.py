@@ -10,7 +10,9 @@ from moe_kernels.quant.eager import FP8, empty_scale, quantize_rows
 from moe_kernels.scaled import BlockScaled
 
 
-def permute(x: Tensor, slots: Tensor, num_slots: int, *, alignment: int) -> tuple[Tensor, Tensor, Tensor]:
+def permute(
+    x: Tensor, slots: Tensor, num_slots: int, *, alignment: int, num_rows: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`(data [R, H], psum [E] int32, row_of [T, K])`."""
     tokens, k = slots.shape
     device = x.device
@@ -29,18 +31,28 @@ def permute(x: Tensor, slots: Tensor, num_slots: int, *, alignment: int) -> tupl
     else:
         ends, rows = bounds[1:], tokens * k
         total = int(bounds[-1]) if device.type == "cpu" else rows
+    if num_rows is not None and device.type != "cpu":
+        total = num_rows
     position = torch.where(by_slot < num_slots, position, -1)
     row_of = torch.empty_like(order).scatter_(0, order, position).view(tokens, k)
     return _rows(x, order, position, total, k, contiguous=alignment == 1), ends.to(torch.int32), row_of
 
 
 def permute_scaled(
-    x: Tensor | BlockScaled, slots: Tensor, num_slots: int, alignment: int, ue8m0: bool, layout: str
+    x: Tensor | BlockScaled,
+    slots: Tensor,
+    num_slots: int,
+    alignment: int,
+    ue8m0: bool,
+    layout: str,
+    num_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(data [R, H] fp8, psum [E] int32, row_of [T, K], scale [R, G])`; x is quantised first where it is plain."""
     scaled = quantize_rows(x, 128, ue8m0, "row") if isinstance(x, Tensor) else x
-    data, psum, row_of = permute(scaled.data.view(torch.uint8), slots, num_slots, alignment=alignment)
-    scale, _, _ = permute(scaled.scale, slots, num_slots, alignment=alignment)
+    data, psum, row_of = permute(
+        scaled.data.view(torch.uint8), slots, num_slots, alignment=alignment, num_rows=num_rows
+    )
+    scale, _, _ = permute(scaled.scale, slots, num_slots, alignment=alignment, num_rows=num_rows)
     return data.view(FP8), psum, row_of, empty_scale(scale.shape[0], scale.shape[1], layout, scale.device).copy_(scale)
 
 

@@ -29,6 +29,7 @@ GROUP = 128
 BLOCK_TOKENS = 64
 PLAIN, QUANTIZE, SCALED = 0, 1, 2
 _QUANTIZE = tl.constexpr(QUANTIZE)
+Tokens = Tensor | BlockScaled
 
 
 @triton.jit
@@ -189,7 +190,7 @@ def _place_constants(k: int, num_slots: int, alignment: int, config: Config) -> 
 
 
 def permute(
-    x: Tensor | BlockScaled, slots: Tensor, num_slots: int, alignment: int, quantize: bool, ue8m0: bool, layout: str
+    x: Tokens, slots: Tensor, num_slots: int, alignment: int, quantize: bool, ue8m0: bool, layout: str, room: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`(data [R, H], psum [E] int32, row_of [T, K] int64, scale [R, G] or None)`."""
     source = x if isinstance(x, Tensor) else x.data.view(torch.uint8)
@@ -200,7 +201,7 @@ def permute(
         f"permute: x has strides {source.stride()}, slots are {slots.dtype} with strides {slots.stride()} for "
         f"{num_slots} slots; rows must have unit stride, slots be contiguous int64 and at most 4096; .contiguous()",
     )
-    rows, mode = tokens * k + (alignment - 1) * num_slots, PLAIN
+    rows, mode = tokens * k + (alignment - 1) * num_slots if room is None else room, PLAIN
     scale: Tensor | None = None
     if quantize or not isinstance(x, Tensor):
         scale = empty_scale(rows, triton.cdiv(hidden, GROUP), layout, device)

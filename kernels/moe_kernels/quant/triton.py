@@ -192,18 +192,20 @@ def dequantize(data: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Activations and weights of DeepSeek-V3 and of the demo model (hidden 128, width 32)."""
-    for width, tile in ((7168, (4, 8)), (7168, (1, 8)), (2048, (4, 8)), (128, (1, 8)), (32, (4, 8))):
+    """Activations (with scales of powers of two too) and weights of DeepSeek-V3 and of the demo model (hidden 128,
+    width 32)."""
+    tiles = ((7168, (4, 8)), (7168, (1, 8)), (2048, (4, 8)), (128, (1, 8)), (32, (4, 8)))
+    for (width, tile), ue8m0 in (*((shape, False) for shape in tiles), *((shape, True) for shape in tiles[:3])):
         yield AotCase(
             op="quant",
-            name=f"quantize_rows K{width} tile {tile[0]}x{tile[1]}",
+            name=f"quantize_rows K{width} tile {tile[0]}x{tile[1]}{' ue8m0' if ue8m0 else ''}",
             kernel=quantize_rows_kernel,
             signature={"x_ptr": "*bf16", "data_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "R": "i32"}
             | {"x_stride": "i32", "scale_row_stride": "i32", "scale_group_stride": "i32"},
-            constants={"K": width, "GROUP": 128, "ROWS": tile[0], "GROUPS": tile[1], "UE8M0": False},
+            constants={"K": width, "GROUP": 128, "ROWS": tile[0], "GROUPS": tile[1], "UE8M0": ue8m0},
             num_warps=tile[0],
             aligned=("x_ptr", "data_ptr", "scale_ptr", "x_stride"),
-            quick=(width, tile) == (7168, (4, 8)),
+            quick=(width, tile, ue8m0) == (7168, (4, 8), False),
         )
     for width in (7168, 2048, 128):
         yield AotCase(

@@ -140,15 +140,16 @@ def aot_cases() -> Iterator[AotCase]:
         )
     # From fp32: the experts' first product where SwiGLU is apart.
     quantized = [(rows, width, "bf16") for rows, width in ((32, 2048), (16_384, 2048), (16_384, 18_432), (32, 32))]
-    for rows, width, kind in (*quantized, (16, 2048, "fp32")):
+    plain = (*quantized, (16, 2048, "fp32"))
+    for (rows, width, kind), ue8m0 in (*((case, False) for case in plain), (plain[0], True), (plain[-1], True)):
         tile_rows, groups = rows_tile(rows, GROUP)
         yield AotCase(
             op="swiglu",
-            name=f"swiglu_quantized {kind} I{width} tile {tile_rows}x{groups}",
+            name=f"swiglu_quantized {kind} I{width} tile {tile_rows}x{groups}{' ue8m0' if ue8m0 else ''}",
             kernel=swiglu_quantized_kernel,
             signature={"x_ptr": f"*{kind}", "data_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "R": "i32", "x_stride": "i32"}
             | {"scale_row_stride": "i32", "scale_group_stride": "i32"},
-            constants={"WIDTH": width, "GROUP": GROUP, "ROWS": tile_rows, "GROUPS": groups, "UE8M0": False},
+            constants={"WIDTH": width, "GROUP": GROUP, "ROWS": tile_rows, "GROUPS": groups, "UE8M0": ue8m0},
             num_warps=2 * tile_rows,
             aligned=("x_ptr", "data_ptr", "scale_ptr", "R", "x_stride"),
             quick=(rows, width) == (16_384, 2048),

@@ -214,7 +214,7 @@ class Assembly:
             width=self.config.moe_intermediate_size,
             dtype=self.expert_dtype,
         )
-        return Experts(weights, self.batch_invariant)
+        return Experts(weights, self.batch_invariant, self.kept_fp8.ue8m0)
 
     # Reading
 

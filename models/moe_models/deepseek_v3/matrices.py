@@ -46,7 +46,7 @@ class Matrices:
             weight = stack_rows([self.source.read_blocks(f"{name}.weight", region) for name in names])
         else:
             weight = reorder(cat_rows([self.source.read(f"{name}.weight", region) for name in names]))
-        return Linear.of(weight, bias, batch_invariant=self.batch_invariant)
+        return Linear.of(weight, bias, batch_invariant=self.batch_invariant, ue8m0=self.kept.ue8m0)
 
     def mlp(self, part: Part, prefix: str) -> MLP:
         """A whole MLP."""
@@ -54,7 +54,7 @@ class Matrices:
         if self.keeps(part, names):
             gate, up, down = (self.source.read_blocks(f"{name}.weight") for name in names)
             both = _halves(gate, up)
-            return ScaledMLP(ExpertWeights(_one_slot(both), _one_slot(down)), self.batch_invariant)
+            return ScaledMLP(ExpertWeights(_one_slot(both), _one_slot(down)), self.batch_invariant, self.kept.ue8m0)
         gate_up = torch.cat([self.source.read(f"{name}.weight") for name in names[:2]])
         return DenseMLP(
             Linear.of(gate_up, batch_invariant=self.batch_invariant),

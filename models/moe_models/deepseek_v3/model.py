@@ -6,13 +6,17 @@ dispatch on exactly one rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from moe_kernels.mla import LatentCache
 from moe_kernels.norm import add_rms_norm, rms_norm
 from torch import Tensor
 
 from moe_runtime.comm.base import Location
+from moe_runtime.dispatch.overlap import OnStage, Stages, interleave
 from moe_runtime.layers.embedding import VocabEmbedding, VocabHead
 from moe_runtime.layers.experts import MLP
 from moe_runtime.layers.mla import MLA
@@ -42,20 +46,29 @@ class DeepseekModel:
     rotary: RotaryTable
     eps: float
     location: Location
+    on_stage: OnStage | None = None
+    """Sees the order in which micro-batches take turns."""
 
-    def __call__(self, step: StepInputs, caches: tuple[Tensor, ...]) -> Tensor:
-        """`caches`: one `[pages, page, C+R]` per layer, written in place. Returns `logits [S, V] fp32`."""
+    def __call__(self, steps: Sequence[StepInputs], caches: tuple[LatentCache, ...]) -> Tensor:
+        """`steps`: the micro-batches of one step, in the order of their tokens; they take turns layer by layer.
+        `caches`: the rows `[pages, page, C+R]` of each layer, written in place. Returns `logits [S, V] fp32`, the rows
+        of all micro-batches, one after the other."""
+        rows = interleave([self._stages(step, caches) for step in steps], self.on_stage)
+        return self.head(rows[0] if len(rows) == 1 else torch.cat(rows))
+
+    def _stages(self, step: StepInputs, caches: tuple[LatentCache, ...]) -> Stages[Tensor]:
+        """`[S, H]`: the normed rows whose logits are wanted."""
         residual = self.embedding(step.token_ids)
         x = self._norm(residual, self.blocks[0].attention_norm)
         for layer, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
             self.location.layer = layer
             x, residual = self._add_norm(block.attention(x, step, cache), residual, block.ffn_norm)
-            y = block.ffn(x, step.moe) if isinstance(block.ffn, MoELayer) else block.ffn(x)
+            y = (yield from block.ffn.stages(x, step.moe)) if isinstance(block.ffn, MoELayer) else block.ffn(x)
             last = layer + 1 == len(self.blocks)
             weight = self.norm if last else self.blocks[layer + 1].attention_norm
             x, residual = self._add_norm(y, residual, weight)
         self.location.layer = None
-        return self.head(x, step.logit_rows)
+        return self.head.gather(x, step.logit_rows)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.eps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -48,13 +49,13 @@ class Rank:
         self._engine: RankEngine | None = None
         try:
             self._engine = self._load(open_parts, mesh, owner, load_timeout_s, on_progress)
-            if (graphs := self._engine.graphs) is not None:
-                with (
-                    torch.inference_mode(),
-                    on_device(process.device),
-                    graphs_fit(graphs.sizes, process.device),
-                ):
-                    self._engine.prepare()
+            graphs = self._engine.graphs
+            with (
+                torch.inference_mode(),
+                on_device(process.device),
+                nullcontext() if graphs is None else graphs_fit(graphs.sizes, process.device),
+            ):
+                self._engine.prepare()
         except BaseException as error:
             if self._engine is not None:
                 self._engine.close()

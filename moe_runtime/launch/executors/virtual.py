@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 from moe_runtime.comm.together import virtual_together
 from moe_runtime.comm.virtual import VirtualCluster, virtual_groups
@@ -44,8 +44,9 @@ class VirtualExecutor:
             cluster_thread = cluster.call(threading.current_thread)
             cluster.call(enter_modes)
             engines += cluster.call(lambda: _build(cluster, parts, owner, advance))
-            if (graphs := engines[0].graphs) is not None:
-                with graphs_fit(graphs.sizes, parts.device):
+            graphs = engines[0].graphs
+            if graphs is not None or engines[0].fabric is not None:
+                with nullcontext() if graphs is None else graphs_fit(graphs.sizes, parts.device):
                     cluster.run(lambda rank: engines[rank].prepare())
         except BaseException:
             stopped.set()  # the caller may have been interrupted while the cluster's thread goes on

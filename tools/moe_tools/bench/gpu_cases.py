@@ -14,7 +14,7 @@ from moe_kernels.errors import KernelError
 from moe_kernels.experts import expert_mlp_padded, expert_mlp_ragged
 from moe_kernels.gate import GateRule, gate
 from moe_kernels.grouped_gemm import deep_gemm
-from moe_kernels.mla import mla_absorbed, plan_absorbed
+from moe_kernels.mla import LatentCache, ScaledLatent, mla_absorbed, plan_absorbed
 from moe_kernels.norm import add_rms_norm
 from moe_kernels.permute import permute, unpermute
 from moe_kernels.quant import quantize_rows
@@ -68,6 +68,7 @@ def cases(device: str = "cuda") -> Iterator[Callable[[], Case]]:
     yield partial(prefill_core, EXPERTS, 131_072, device)
     for tokens in (1, 32, 128):
         yield partial(mla_decode, tokens, 4096, device)
+    yield partial(mla_decode, 128, 4096, device, fp8=True)
     for tokens in (128, 4096):
         for build in (gate_case, permute_case, unpermute_case, norm_case):
             yield partial(build, tokens, device)
@@ -190,10 +191,15 @@ def prefill_core(slots: int, rows: int, device: str) -> Case:
     )
 
 
-def mla_decode(tokens: int, kv_len: int, device: str) -> Case:
-    """The attention core of a decode step: every token has `kv_len` cached rows."""
+def mla_decode(tokens: int, kv_len: int, device: str, *, fp8: bool = False) -> Case:
+    """The attention core of a decode step: every token has `kv_len` cached rows, in bf16 or with an fp8 latent."""
     pages = -(-kv_len // PAGE)
-    cache = _rows(tokens * pages, PAGE, LATENT + ROPE, device=device)
+    rows = _rows(tokens * pages, PAGE, LATENT + ROPE, device=device)
+    cache: LatentCache = rows
+    if fp8:
+        cache = ScaledLatent.zeros(tokens * pages, PAGE, latent=LATENT, rope=ROPE, device=device)
+        cache.write_(torch.arange(tokens * pages * PAGE, device=device), rows.flatten(0, 1))
+        del rows
     table = torch.randperm(tokens * pages, device=device).view(tokens, pages).to(torch.int32)
     lengths = torch.full((tokens,), kv_len, dtype=torch.int32, device=device)
     q_latent, q_rope = _rows(tokens, HEADS, LATENT, device=device), _rows(tokens, HEADS, ROPE, device=device)
@@ -208,11 +214,11 @@ def mla_decode(tokens: int, kv_len: int, device: str) -> Case:
         )
     return Case(
         "MLA decode",
-        {"tokens": tokens, "kv": kv_len, "heads": HEADS},
-        mla_work(tokens, kv_len, heads=HEADS, latent=LATENT, rope=ROPE),
+        {"tokens": tokens, "kv": kv_len, "heads": HEADS} | ({"cache": "fp8"} if fp8 else {}),
+        mla_work(tokens, kv_len, heads=HEADS, latent=LATENT, rope=ROPE, kv_bytes=656 / 576 if fp8 else 2.0),
         contenders,
-        published_us={"FA3 (TRT-LLM)": {1: 21.0, 32: 85.0, 128: 261.0}[tokens]},
-        target_us=300.0 if tokens == 128 else None,
+        published_us={} if fp8 else {"FA3 (TRT-LLM)": {1: 21.0, 32: 85.0, 128: 261.0}[tokens]},
+        target_us=300.0 if tokens == 128 and not fp8 else None,
     )
 
 

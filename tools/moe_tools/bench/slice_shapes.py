@@ -59,7 +59,7 @@ class Unit:
     """One rank of a deployment in one phase.
 
     `slots`: its routed experts; `tokens`: rows of its tp group in attention, of which `tokens / tp` enter the MoE here;
-    `kv_len`: cached rows of each token that is decoded, or the length of the prompt (so `tokens`).
+    `kv_len`: cached rows of each token that is decoded, or the length of the prompt, whose last `tokens` these are.
     """
 
     phase: Phase
@@ -94,15 +94,19 @@ UNITS: Final = (
 
 
 def modelled_network_us(unit: Unit, widths: Widths, hardware: Hardware) -> float:
+    """Both of `modelled_transfers_us`."""
+    return sum(modelled_transfers_us(unit, widths, hardware))
+
+
+def modelled_transfers_us(unit: Unit, widths: Widths, hardware: Hardware) -> tuple[float, float]:
     """Dispatch (fp8 rows with scales) and combine (16 bit) of one layer at the links' rates: modelled, never measured.
 
     A copy per chosen expert. Of `ep` ranks 8 share a node by NVLink, the others are reached over the network; both at
     once, so the larger of the two is the time.
     """
     copies = unit.moe_tokens * widths.top_k
-    num_bytes = copies * (widths.hidden + -(-widths.hidden // 128) * 4 + 2 * widths.hidden)
     remote = max(0.0, 1 - 8 / unit.ep)
     own_node = min(1.0, 8 / unit.ep) - 1 / unit.ep
-    return 1e6 * max(
-        num_bytes * remote / hardware.network_bytes_per_s, num_bytes * own_node / hardware.nvlink_bytes_per_s
-    )
+    us_per_byte = 1e6 * max(remote / hardware.network_bytes_per_s, own_node / hardware.nvlink_bytes_per_s)
+    dispatch = copies * (widths.hidden + -(-widths.hidden // 128) * 4)
+    return dispatch * us_per_byte, copies * 2 * widths.hidden * us_per_byte

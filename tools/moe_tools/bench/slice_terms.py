@@ -156,19 +156,22 @@ class Slice:
         yield self._per_head("value up", w.value, w.latent)
 
     def _prefill_core(self) -> Iterator[Term]:
-        w, tokens, heads = self.widths, self.unit.tokens, self.heads
+        w, tokens, heads, length = self.widths, self.unit.tokens, self.heads, self.unit.kv_len
 
         def build() -> Run:
-            query, latent = self.rows(1, tokens, heads, w.nope + w.rope), self.rows(1, tokens, w.latent)
-            rope = self.rows(1, tokens, w.rope)
+            query, latent = self.rows(1, tokens, heads, w.nope + w.rope), self.rows(1, length, w.latent)
+            rope = self.rows(1, length, w.rope)
             key, value = self.rows(heads, w.nope, w.latent), self.rows(heads, w.value, w.latent)
             scale = (w.nope + w.rope) ** -0.5
-            return lambda: mla_expanded_batched(query, latent, rope, key, value, scale=scale, start=0)
+            start = length - tokens
+            return lambda: mla_expanded_batched(query, latent, rope, key, value, scale=scale, start=start)
 
-        up = 2.0 * tokens * heads * (w.nope + w.value) * w.latent
-        causal = tokens * (tokens + 1) * heads * (w.nope + w.rope + w.value)
+        up = 2.0 * length * heads * (w.nope + w.value) * w.latent
+        causal = tokens * (2 * length - tokens + 1) * heads * (w.nope + w.rope + w.value)
         num_bytes = self.item * (
-            heads * (w.nope + w.value) * w.latent + tokens * (heads * (w.nope + w.rope + w.value) + w.latent + w.rope)
+            heads * (w.nope + w.value) * w.latent
+            + tokens * heads * (w.nope + w.rope + w.value)
+            + length * (w.latent + w.rope)
         )
         yield Term("MLA expanded", "torch", build, Work(num_bytes, up + causal), w.layers)
 

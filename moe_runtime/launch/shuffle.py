@@ -1,0 +1,174 @@
+"""Which dispatcher a run takes and why not the others, the sizes for which its buffers are made, and what overlaps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from moe_models.base import ModelConfig
+
+from moe_runtime.config import DispatchName, PlacementConfig, RuntimeConfig
+from moe_runtime.dispatch.base import Phase
+from moe_runtime.dispatch.factory import BACKENDS, buffer_bytes, max_capacity, most_tokens, obstacle, with_tokens
+from moe_runtime.dispatch.rows import RowLayout
+from moe_runtime.dispatch.spec import DispatchSpec
+from moe_runtime.engine.lockstep import default_graph_sizes
+from moe_runtime.errors import ConfigError
+from moe_runtime.launch.placing import num_dispatched_shared, num_local_slots
+from moe_runtime.launch.sizing import compute_dtype, kept_weights, max_num_seqs
+
+CPU_BUFFER_BYTES = 256 * 2**20
+CUDA_BUFFER_BYTES = 4 * 2**30
+"""What engine.dispatch_buffer_bytes=null allows: on a GPU, DeepSeek-V3's decode with 128 tokens on any fabric."""
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchChoice:
+    """What `dispatch=auto` takes, in one sentence; `others`: why each other backend is not it."""
+
+    name: DispatchName
+    decode: DispatchName | None
+    reason: str
+    others: tuple[tuple[str, str], ...]
+
+
+def buffer_cap(config: RuntimeConfig) -> int:
+    """Most bytes of a rank for one dispatch."""
+    given = config.engine.dispatch_buffer_bytes
+    return given or (CUDA_BUFFER_BYTES if config.device == "cuda" else CPU_BUFFER_BYTES)
+
+
+def whole_spec(config: RuntimeConfig, model: ModelConfig, *, num_slots: int | None = None) -> DispatchSpec:
+    """The largest steps that the scheduler makes, dispatched in one turn. `num_slots` of each rank, where known."""
+    slots = num_local_slots(config, model) if num_slots is None else num_slots
+    kept, engine = kept_weights(config, model), config.engine
+    decode = max(engine.cuda_graph_sizes or default_graph_sizes(max_num_seqs(engine)), default=1)
+    decode = max(decode, max_num_seqs(engine))
+    return DispatchSpec(
+        ep=config.ep,
+        rows=RowLayout(slots, quantize="experts" in kept.parts, ue8m0=kept.ue8m0),
+        hidden=model.hidden_size,
+        dtype=compute_dtype(config, model),
+        top_k=model.num_experts_per_tok + num_dispatched_shared(config, model),
+        max_tokens=-(-max(engine.max_num_batched_tokens, decode) // config.tp),
+        max_decode_tokens=-(-decode // config.tp),
+        in_flight=2 if overlaps(config) else 1,
+        ranks_per_node=config.ranks_per_node,
+        one_form=config.engine.batch_invariant,
+    )
+
+
+def dispatch_spec(config: RuntimeConfig, model: ModelConfig, *, num_slots: int | None = None) -> DispatchSpec:
+    """The same within engine.dispatch_buffer_bytes and what the backends take at once; larger steps take several turns.
+
+    ConfigError where not one token per rank fits.
+    """
+    whole, cap = whole_spec(config, model, num_slots=num_slots), buffer_cap(config)
+    names = dispatch_names(config)
+    most = min(most_tokens(name, whole, cap_bytes=cap) for name in names)
+    if most < 1:
+        need = max(buffer_bytes(name, with_tokens(whole, 1)) for name in names)
+        raise ConfigError(
+            f"engine.dispatch_buffer_bytes={cap}: a rank may need {need} bytes (dispatch={config.dispatch}) when each "
+            f"of ep={config.ep} ranks sends one token to top-{whole.top_k} experts. "
+            f"Nearest: engine.dispatch_buffer_bytes={need}."
+        )
+    limits = max_capacity(names[0], whole, Phase.MIXED), max_capacity(names[-1], whole, Phase.DECODE)
+    mixed, decode = (min(most, limit or most) for limit in limits)
+    return replace(whole, max_tokens=mixed, max_decode_tokens=min(decode, whole.max_decode_tokens))
+
+
+def dispatch_names(config: RuntimeConfig) -> tuple[str, ...]:
+    """The backends of a run: of steps with prompts, and of those without where that is another."""
+    decode = config.decode_dispatch
+    return (config.dispatch,) if decode in (None, config.dispatch) else (config.dispatch, str(decode))
+
+
+def with_dispatch(config: RuntimeConfig, model: ModelConfig) -> tuple[RuntimeConfig, tuple[str, ...]]:
+    """`config` with what is auto decided, and the sentences that say why."""
+    if config.dispatch != "auto":
+        return replace(config, decode_dispatch=None), ()
+    try:
+        num_local_slots(config, model)
+    except ConfigError:  # a problem of the placement, told by itself
+        choice = choose_dispatch(replace(config, placement=PlacementConfig()), model)
+    else:
+        choice = choose_dispatch(config, model)
+    decode = choice.decode if config.decode_dispatch in (None, "auto") else config.decode_dispatch
+    return replace(config, dispatch=choice.name, decode_dispatch=decode), (choice.reason,)
+
+
+def choose_dispatch(config: RuntimeConfig, model: ModelConfig) -> DispatchChoice:
+    """What `dispatch=auto` means for this run on this machine."""
+    spec = whole_spec(config, model)
+    against = dict(_against(config, spec))
+    fitting = [name for name in _PREFERENCE if name not in against]
+    name = fitting[0]
+    decode = _decode(config, spec) if name == "all_to_all" else None
+    others = tuple((other, against.get(other) or _second(other, name)) for other in BACKENDS if other != name)
+    return DispatchChoice(name, decode, _reason(name, decode), others)
+
+
+_PREFERENCE: Final[tuple[DispatchName, ...]] = ("local", "deep_ep", "nvshmem", "all_to_all", "all_gather")
+
+
+def _against(config: RuntimeConfig, spec: DispatchSpec) -> Iterator[tuple[str, str]]:
+    """Every backend that cannot serve this run, and why."""
+    for name in BACKENDS:
+        missing = obstacle(name, spec, device=torch.device(config.device), virtual=config.launcher == "virtual")
+        if missing is not None:
+            yield name, str(missing)
+        elif config.engine.batch_invariant and name not in ("local", "all_to_all"):
+            yield name, "engine.batch_invariant wants sums at a token's home in top-k order"
+
+
+def _second(name: str, taken: str) -> str:
+    return f"could serve; {taken} is preferred: {_VIRTUES[taken]}"
+
+
+_VIRTUES: Final = {
+    "local": "nothing is sent",
+    "deep_ep": "its kernels send a token once per rank, beside the computation",
+    "nvshmem": "rows go straight into the slots of their destination",
+    "all_to_all": "bits that no ep changes, on any fabric",
+    "all_gather": "fixed shapes on any fabric",
+}
+
+
+def _reason(name: str, decode: str | None) -> str:
+    also = f", {decode} for steps without prompts (fewer bytes)" if decode is not None else ""
+    return f"dispatch={name}{also}: {_VIRTUES[name]}"
+
+
+def _decode(config: RuntimeConfig, spec: DispatchSpec) -> DispatchName | None:
+    """all_gather where it moves fewer bytes than equal blocks: a token's J = min(K, E) rows there and back, against one
+    row there and one of fp32 sums back."""
+    on_device = spec.rows.stays_on(torch.device(config.device))
+    per_token = min(spec.top_k, spec.rows.num_slots)
+    fewer = spec.row_bytes + 4 * spec.hidden < 2 * per_token * spec.row_bytes
+    return "all_gather" if on_device and fewer and not config.engine.batch_invariant else None
+
+
+def overlaps(config: RuntimeConfig) -> bool:
+    """Whether large steps are cut into two micro-batches that overlap."""
+    wanted = config.engine.two_batch_overlap
+    return wanted == "on" or (wanted == "auto" and _no_overlap(config) is None)
+
+
+def overlap_line(config: RuntimeConfig) -> str:
+    """One line: whether, from how many rows on, or why not."""
+    if not overlaps(config):
+        return f"off: {_no_overlap(config) or 'engine.two_batch_overlap=off'}"
+    engine = config.engine
+    return f"from {engine.two_batch_decode_tokens} rows of a DP group in decode, {engine.two_batch_tokens} with prompts"
+
+
+def _no_overlap(config: RuntimeConfig) -> str | None:
+    """Why two micro-batches would gain nothing."""
+    if config.ep == 1:
+        return "ep=1, nothing travels"
+    if config.device != "cuda":
+        return "on a CPU sending takes the cores that compute"
+    return "the ranks of one process do not wait for a wire" if config.launcher == "virtual" else None

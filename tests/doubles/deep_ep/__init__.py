@@ -1,0 +1,1 @@
+"""Doubles of DeepEP over any communicator, clause by clause from its sources."""
