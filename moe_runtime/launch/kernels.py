@@ -111,19 +111,22 @@ def _experts(config: RuntimeConfig, model: ModelConfig) -> Served:
     texts = []
     for phase, tokens in (("decode", max_num_seqs(config.engine)), ("prefill", config.engine.max_num_batched_tokens)):
         mine = -(-tokens // config.tp)
-        texts.append(f"{phase} {_tiles(config, model, dtype, slots=slots, tokens=mine)}")
+        texts.append(f"{phase} {_tiles(config, model, dtype, slots=slots, tokens=mine, phase=phase)}")
     fixed = ", fixed tiles (engine.batch_invariant)" if config.engine.batch_invariant else ""
     slots_text = f"{slots} {'slot' if slots == 1 else 'slots'}"
     why = f"{_name(dtype)}, {slots_text}{fixed}; {'; '.join(texts)}; {_optional('deep_gemm')}"
     return Served("experts", "triton", why)
 
 
-def _tiles(config: RuntimeConfig, model: ModelConfig, dtype: torch.dtype, *, slots: int, tokens: int) -> str:
+def _tiles(
+    config: RuntimeConfig, model: ModelConfig, dtype: torch.dtype, *, slots: int, tokens: int, phase: str
+) -> str:
     """What the shape table chooses where every rank brings `tokens` and routing is balanced."""
     top_k = model.num_experts_per_tok + num_dispatched_shared(config, model)
     width, hidden, invariant = model.moe_intermediate_size, model.hidden_size, config.engine.batch_invariant
     rows = -(-tokens * top_k // slots)
-    room = config.ep * tokens * min(top_k, slots) if config.dispatch == "all_gather" else tokens * top_k
+    worst = config.dispatch == "all_gather" or (config.dispatch == "all_to_all" and phase == "decode")
+    room = config.ep * tokens * min(top_k, slots) if worst else tokens * top_k
 
     def entry(n: int, k: int, *, swiglu: bool) -> Entry:
         return configure(

@@ -317,5 +317,6 @@ def test_where_swiglu_is_apart() -> None:
     assert [(e, r) for e in (1, 2, 4, 32) for r in (1, 16, 32, 64, 256) if apart(e, r)] == [
         (e, r) for e in (1, 2) for r in (1, 16, 32, 64)
     ]
-    assert not apart(1, 16, total=20_000)  # a buffer for the worst case: SwiGLU would walk over all of it
+    assert apart(1, 16, total=5120)  # room for the worst case of 320 ranks: most programs have nothing to do
+    assert not apart(1, 16, total=40_000)  # even those take their time
     assert not apart(1, 16, width=2000)  # gate and up would share a block of scales

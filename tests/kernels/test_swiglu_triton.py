@@ -81,6 +81,19 @@ def test_quantized_is_the_quantiser_of_the_values() -> None:
         assert torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8))
 
 
+def test_rows_past_the_end_are_left_alone() -> None:
+    x = torch.randn(9, 300, device=DEVICE)
+    whole = swiglu_quantized(x, backend="triton")
+    for end in (0, 5, 9, 2**31 - 1):
+        x[end:] = torch.nan
+        mark = torch.tensor([end], dtype=torch.int32, device=DEVICE)
+        got = swiglu_quantized(x, end=mark, backend="triton")
+        assert torch.equal(got.data[:end].view(torch.uint8), whole.data[:end].view(torch.uint8))
+        assert torch.equal(got.scale[:end], whole.scale[:end])
+        x = torch.where(x.isnan(), 0.0, x)
+        whole = swiglu_quantized(x, backend="triton")
+
+
 def test_errors() -> None:
     x = torch.zeros(4, 6, device=DEVICE)
     with pytest.raises(KernelError, match="width 5"):

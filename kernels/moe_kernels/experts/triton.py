@@ -26,7 +26,8 @@ def gate_up(
     if isinstance(w13, BlockScaled) and not batch_invariant and _apart(x, w13, rows, rows_per_slot):
         products = gemm.grouped_gemm(x, w13, rows, out_dtype=torch.float32, rows_per_slot=rows_per_slot)
         assert isinstance(products, Tensor), "a plain product is not quantised"
-        return swiglu_quantized(products, ue8m0=ue8m0, scale_layout="mn", backend="triton")
+        end = rows.marks[-1:] if rows.capacity is None else None
+        return swiglu_quantized(products, ue8m0=ue8m0, scale_layout="mn", end=end, backend="triton")
     return gemm.grouped_gemm(
         x,
         w13,

@@ -32,6 +32,8 @@ LAUNCH_US: Final = 3.0
 """A small kernel more in a captured graph: its start, its tail and the gap."""
 
 WORTH: Final = 0.9
+IDLE_US: Final = 0.001
+"""A program that has nothing to do, by reasoning: 132 SMs start and end a thousand in about a microsecond."""
 """What another way may count, of the fused one's time, to be taken: the count is no finer than that."""
 
 
@@ -161,8 +163,8 @@ def separate_swiglu(*, rows_per_slot: int, total_rows: int, slots: int, width: i
     """Whether the experts' first product in fp8 is better followed by SwiGLU in a launch of its own.
 
     Fused tiles are 128 columns wide (a scale's group), so 16 for a slot of DeepSeek-V3; plain ones may be 64 of twice
-    as many columns. That pays where one or two slots have few rows. `total_rows`: what SwiGLU would walk over,
-    `width`: columns of its output. Not for the invariant mode, whose epilogue is always the fused one.
+    as many columns. That pays where one or two slots have few rows. `total_rows`: the room that SwiGLU's programs are
+    launched for, of which those past the last slot's end do nothing. `width`: columns of its output. Not for the invariant mode, whose epilogue is always the fused one.
     """
     if width % 128:
         return False  # gate and up would share a block of scales
@@ -172,7 +174,9 @@ def separate_swiglu(*, rows_per_slot: int, total_rows: int, slots: int, width: i
     one = counted_us(fused, rows_per_slot, slots, n=width, k=k, size=1, swiglu=True)
     two = counted_us(plain, rows_per_slot, slots, n=2 * width, k=k, size=1, swiglu=False)
     # Gate and up come and go in fp32: 16 bytes a column, and one for what is written.
-    return two + LAUNCH_US + 17 * total_rows * width / HBM_BYTES_PER_US < WORTH * one
+    moved = 17 * min(rows_per_slot * slots, total_rows) * width / HBM_BYTES_PER_US
+    idle = IDLE_US * (total_rows / 4) * (width / 1024)
+    return two + LAUNCH_US + moved + idle < WORTH * one
 
 
 def columns(config: Config, *, swiglu: bool) -> int:

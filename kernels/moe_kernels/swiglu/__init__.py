@@ -37,12 +37,17 @@ def swiglu(gate_up: Tensor, *, fast: bool = False, backend: str | None = None) -
 
 
 def swiglu_quantized(
-    gate_up: Tensor, *, ue8m0: bool = False, scale_layout: str = "row", backend: str | None = None
+    gate_up: Tensor,
+    *,
+    ue8m0: bool = False,
+    scale_layout: str = "row",
+    end: Tensor | None = None,
+    backend: str | None = None,
 ) -> BlockScaled:
     """`gate_up [R, 2I]` -> `data [R, I] fp8`, `scale [R, ceil(I/128)]`: as `quantize_rows` of the fp32 values.
 
-    The values are not rounded to the input's dtype in between. On Triton one launch. Raises KernelError as `swiglu`
-    and `quantize_rows` do.
+    The values are not rounded to the input's dtype in between. On Triton one launch; `end [1] int32`: rows from there
+    on are no one's and left as they are. Raises KernelError as `swiglu` and `quantize_rows` do.
     """
     _check_width(gate_up.shape[-1])
     check_layout(scale_layout, "swiglu_quantized")
@@ -50,7 +55,7 @@ def swiglu_quantized(
         return quantize_rows(_in_fp32(gate_up), ue8m0=ue8m0, scale_layout=scale_layout, backend="torch")
     from moe_kernels.swiglu import triton as kernels
 
-    return kernels.swiglu_quantized(gate_up, ue8m0, scale_layout)
+    return kernels.swiglu_quantized(gate_up, ue8m0, scale_layout, end)
 
 
 def _in_fp32(gate_up: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ def swiglu_quantized_kernel(
     x_ptr,
     data_ptr,
     scale_ptr,
+    end_ptr,
     R,
     x_stride,
     scale_row_stride,
@@ -48,7 +49,10 @@ def swiglu_quantized_kernel(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     UE8M0: tl.constexpr,
+    ENDS: tl.constexpr,
 ):
+    if ENDS:  # programs past it load and store nothing
+        R = tl.minimum(R, tl.load(end_ptr))
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
@@ -85,7 +89,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out.view(*gate_up.shape[:-1], width)
 
 
-def swiglu_quantized(gate_up: Tensor, ue8m0: bool, layout: str) -> BlockScaled:
+def swiglu_quantized(gate_up: Tensor, ue8m0: bool, layout: str, end: Tensor | None) -> BlockScaled:
     """`[R, 2I]` -> `data [R, I]`, `scale [R, ceil(I/128)]`."""
     require(
         gate_up.dim() == 2, f"swiglu_quantized: x is {tuple(gate_up.shape)}; it must be [R, 2I]; call .flatten(0, -2)"
@@ -99,6 +103,7 @@ def swiglu_quantized(gate_up: Tensor, ue8m0: bool, layout: str) -> BlockScaled:
             x,
             data,
             scale,
+            x if end is None else end,
             rows,
             x.stride(0),
             scale.stride(0),
@@ -108,6 +113,7 @@ def swiglu_quantized(gate_up: Tensor, ue8m0: bool, layout: str) -> BlockScaled:
             ROWS=tile_rows,
             GROUPS=tile_groups,
             UE8M0=ue8m0,
+            ENDS=end is not None,
             num_warps=2 * tile_rows,
         )
     return BlockScaled(data.to(FP8), scale)
@@ -147,9 +153,11 @@ def aot_cases() -> Iterator[AotCase]:
             op="swiglu",
             name=f"swiglu_quantized {kind} I{width} tile {tile_rows}x{groups}{' ue8m0' if ue8m0 else ''}",
             kernel=swiglu_quantized_kernel,
-            signature={"x_ptr": f"*{kind}", "data_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "R": "i32", "x_stride": "i32"}
+            signature={"x_ptr": f"*{kind}", "data_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+            | {"end_ptr": "*i32" if kind == "fp32" else f"*{kind}", "R": "i32", "x_stride": "i32"}
             | {"scale_row_stride": "i32", "scale_group_stride": "i32"},
-            constants={"WIDTH": width, "GROUP": GROUP, "ROWS": tile_rows, "GROUPS": groups, "UE8M0": ue8m0},
+            constants={"WIDTH": width, "GROUP": GROUP, "ROWS": tile_rows, "GROUPS": groups, "UE8M0": ue8m0}
+            | {"ENDS": kind == "fp32"},
             num_warps=2 * tile_rows,
             aligned=("x_ptr", "data_ptr", "scale_ptr", "R", "x_stride"),
             quick=(rows, width) == (16_384, 2048),
