@@ -85,7 +85,9 @@ class EngineConfig:
     two_batch_tokens: int = setting(
         512, "rows of the largest DP group from which on steps with prompt tokens are cut in two", minimum=2
     )
-    two_batch_decode_tokens: int = setting(32, "the same for steps without prompt tokens", minimum=2)
+    two_batch_decode_tokens: int = setting(
+        128, "the same for steps without prompt tokens; auto: only where ep spans several nodes", minimum=2
+    )
     dispatch_buffer_bytes: int | None = setting(
         None,
         "most bytes of a rank for one dispatch; larger steps run in chunks; null: 256MiB on cpu, 4GiB on cuda",

@@ -20,7 +20,14 @@ from moe_runtime.engine.lockstep import LockstepLimits, Padding, default_graph_s
 from moe_runtime.engine.step_buffers import StepBuffers
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.memory import enough_memory
-from moe_runtime.launch.shuffle import buffer_cap, dispatch_names, dispatch_spec, overlaps, whole_spec
+from moe_runtime.launch.shuffle import (
+    buffer_cap,
+    dispatch_names,
+    dispatch_spec,
+    overlaps,
+    overlaps_decode,
+    whole_spec,
+)
 from moe_runtime.launch.sizing import (
     FP32_BYTES,
     max_model_len,
@@ -83,7 +90,7 @@ def lockstep_limits(
         max_tokens=spec.max_tokens,
         max_decode_tokens=spec.max_decode_tokens,
         two_batch_tokens=config.engine.two_batch_tokens if overlaps(config) else None,
-        two_batch_decode_tokens=config.engine.two_batch_decode_tokens if overlaps(config) else None,
+        two_batch_decode_tokens=config.engine.two_batch_decode_tokens if overlaps_decode(config) else None,
     )
 
 

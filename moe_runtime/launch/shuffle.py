@@ -157,12 +157,19 @@ def overlaps(config: RuntimeConfig) -> bool:
     return wanted == "on" or (wanted == "auto" and _no_overlap(config) is None)
 
 
+def overlaps_decode(config: RuntimeConfig) -> bool:
+    """The same for steps without prompt tokens: within a node a step is too short for reading every weight twice."""
+    several_nodes = config.ep > config.ranks_per_node
+    return overlaps(config) and (several_nodes or config.engine.two_batch_overlap == "on")
+
+
 def overlap_line(config: RuntimeConfig) -> str:
     """One line: whether, from how many rows on, or why not."""
     if not overlaps(config):
         return f"off: {_no_overlap(config) or 'engine.two_batch_overlap=off'}"
     engine = config.engine
-    return f"from {engine.two_batch_decode_tokens} rows of a DP group in decode, {engine.two_batch_tokens} with prompts"
+    decode = f"{engine.two_batch_decode_tokens} rows" if overlaps_decode(config) else "never (one node)"
+    return f"two batches from {engine.two_batch_tokens} rows of a DP group with prompts on, in decode {decode}"
 
 
 def _no_overlap(config: RuntimeConfig) -> str | None:

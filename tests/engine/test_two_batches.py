@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -117,5 +118,9 @@ def test_whether_is_told() -> None:
     assert not overlaps(config)
     assert overlap_line(config) == "off: on a CPU sending takes the cores that compute"
     assert overlap_line(compose([]).config) == "off: ep=1, nothing travels"
+    over_nccl = replace(config, device="cuda", launcher="torchrun", ranks_per_node=4)
+    assert overlap_line(over_nccl) == "two batches from 512 rows of a DP group with prompts on, in decode 128 rows"
+    assert overlap_line(replace(over_nccl, ranks_per_node=8)).endswith("in decode never (one node)")
+    assert not overlaps(replace(over_nccl, launcher="virtual"))
     on = compose(["ep=8", *ON]).config
-    assert overlaps(on) and overlap_line(on) == "from 2 rows of a DP group in decode, 2 with prompts"
+    assert overlaps(on) and overlap_line(on) == "two batches from 2 rows of a DP group with prompts on, in decode 2 rows"
