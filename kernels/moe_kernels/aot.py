@@ -55,6 +55,8 @@ class AotCase:
     max_shared_bytes: int = MAX_SHARED_BYTES
     linked: Mapping[str, str] = field(default_factory=dict)
     """Device libraries to link with: name -> path of the bitcode."""
+    asserts: bool = False
+    """Whether the kernel's assertions stand, as in launches with `debug`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,8 @@ def compile_case(case: AotCase) -> Resources:
     }
     if case.linked:
         options["extern_libs"] = dict(case.linked)
+    if case.asserts:
+        options |= {"debug": True, "sanitize_overflow": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
     registers, spilled = _usage(cubin)

@@ -15,13 +15,18 @@ from moe_runtime.errors import ConfigError, nearest
 
 COLLECTIVES: Final = ("local", "all_to_all", "all_gather")
 """Backends over any communicator."""
-FABRICS: Final = ("deep_ep", "nvshmem")
+FABRICS: Final = ("deep_ep", "nvshmem", "symm_mem")
 """Backends over libraries of their own, for processes with a GPU each."""
 BACKENDS: Final = (*COLLECTIVES, *FABRICS)
+SPLITTING: Final = ("all_to_all",)
+"""Backends with `Capabilities.splits_combine`, known without a dispatcher."""
 
 
 class Fabric(Protocol):
     """What the package of a fabric offers; all but `make` from the configuration alone."""
+
+    def find(self) -> object:
+        """The library, whose text names it with its version, or Missing."""
 
     def make(self, ep: Communicator, spec: DispatchSpec, *, device: torch.device | str) -> Dispatcher[Any]:
         """Collective: buffers are made. ConfigError where the fabric cannot be used."""
@@ -34,6 +39,12 @@ class Fabric(Protocol):
 
     def max_capacity(self, spec: DispatchSpec, phase: Phase) -> int | None:
         """Most tokens of a rank in one dispatch of `phase`, whatever the memory; None: no limit."""
+
+    def graph_safe(self, spec: DispatchSpec) -> bool:
+        """`Capabilities.graph_safe`."""
+
+    def sums_at_home(self, spec: DispatchSpec) -> bool:
+        """`Capabilities.sums_at_home`."""
 
 
 def make_dispatcher(
@@ -58,7 +69,12 @@ def make_dispatcher(
 
 def graph_safe(name: str, spec: DispatchSpec, *, device: torch.device) -> bool:
     """Whether decode steps can be captured as CUDA graphs: `Capabilities.graph_safe`, known without a dispatcher."""
-    return name in FABRICS or spec.rows.stays_on(device)
+    return spec.rows.stays_on(device) if name in COLLECTIVES else _fabric(name).graph_safe(spec)
+
+
+def sums_at_home(name: str, spec: DispatchSpec) -> bool:
+    """`Capabilities.sums_at_home`, known without a dispatcher."""
+    return name in ("local", "all_to_all") if name in COLLECTIVES else _fabric(name).sums_at_home(spec)
 
 
 def buffer_bytes(name: str, spec: DispatchSpec) -> int:
@@ -104,6 +120,12 @@ def obstacle(
     return fabric.obstacle(spec, limits_only=limits_only)
 
 
+def library_of(name: str) -> str | None:
+    """The library that serves `name` here, with its version; None for those that need none or lack it."""
+    found = None if name in COLLECTIVES else _fabric(name).find()
+    return None if found is None or isinstance(found, Missing) else str(found)
+
+
 def most_tokens(name: str, spec: DispatchSpec, *, cap_bytes: int) -> int:
     """Most tokens per rank, up to `spec.max_tokens`, of a dispatch whose `buffer_bytes` stay within `cap_bytes`; 0
     where one token does not."""
@@ -138,6 +160,10 @@ def _fabric(name: str) -> Fabric:
             from moe_runtime.dispatch import nvshmem
 
             return nvshmem
+        case "symm_mem":
+            from moe_runtime.dispatch import symm_mem
+
+            return symm_mem
     raise ConfigError(f"dispatch={name!r}: must be one of {', '.join(BACKENDS)}.{nearest(name, BACKENDS)}")
 
 

@@ -11,7 +11,16 @@ from moe_models.base import ModelConfig
 
 from moe_runtime.config import DispatchName, PlacementConfig, RuntimeConfig
 from moe_runtime.dispatch.base import Phase
-from moe_runtime.dispatch.factory import BACKENDS, buffer_bytes, max_capacity, most_tokens, obstacle, with_tokens
+from moe_runtime.dispatch.factory import (
+    BACKENDS,
+    buffer_bytes,
+    library_of,
+    max_capacity,
+    most_tokens,
+    obstacle,
+    sums_at_home,
+    with_tokens,
+)
 from moe_runtime.dispatch.rows import RowLayout
 from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.engine.lockstep import default_graph_sizes
@@ -120,11 +129,13 @@ def _against(config: RuntimeConfig, spec: DispatchSpec) -> Iterator[tuple[str, s
         missing = obstacle(name, spec, device=torch.device(config.device), virtual=config.launcher == "virtual")
         if missing is not None:
             yield name, str(missing)
-        elif config.engine.batch_invariant and name not in ("local", "all_to_all"):
+        elif config.engine.batch_invariant and not sums_at_home(name, spec):
             yield name, "engine.batch_invariant wants sums at a token's home in top-k order"
 
 
 def _second(name: str, taken: str) -> str:
+    if name == "symm_mem":
+        return "never chosen unasked: its operators leave the order of reads and writes to the device's scheduling"
     return f"could serve; {taken} is preferred: {_VIRTUES[taken]}"
 
 
@@ -139,7 +150,8 @@ _VIRTUES: Final = {
 
 def _reason(name: str, decode: str | None) -> str:
     also = f", {decode} for steps without prompts (fewer bytes)" if decode is not None else ""
-    return f"dispatch={name}{also}: {_VIRTUES[name]}"
+    library = library_of(name)
+    return f"dispatch={name}{also}: {_VIRTUES[name]}" + ("" if library is None else f" ({library})")
 
 
 def _decode(config: RuntimeConfig, spec: DispatchSpec) -> DispatchName | None:
@@ -170,6 +182,20 @@ def overlap_line(config: RuntimeConfig) -> str:
     engine = config.engine
     decode = f"{engine.two_batch_decode_tokens} rows" if overlaps_decode(config) else "never (one node)"
     return f"two batches from {engine.two_batch_tokens} rows of a DP group with prompts on, in decode {decode}"
+
+
+def splits_combine(config: RuntimeConfig) -> bool:
+    """Whether steps with prompts that run as one micro-batch combine in two parts. Not by itself before a device has
+    shown a gain: each part is a smaller product, and a transfer of its own with a start of its own."""
+    return config.engine.single_batch_overlap == "on"
+
+
+def split_line(config: RuntimeConfig) -> str:
+    """One line: whether, or why not."""
+    if splits_combine(config):
+        return "with prompts, if not cut: first experts' outputs travel beside the others' products"
+    why = "no gain measured yet" if config.engine.single_batch_overlap == "auto" else "engine.single_batch_overlap=off"
+    return f"off within a batch: {why}"
 
 
 def _no_overlap(config: RuntimeConfig) -> str | None:

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from moe_runtime.comm.base import Communicator
-from moe_runtime.dispatch.base import Dispatcher, DispatchStep, GroupedRows, Layout, PaddedRows, Phase, Rows
+from moe_runtime.dispatch.base import (
+    Dispatcher,
+    DispatchStep,
+    GroupedRows,
+    Layout,
+    PaddedRows,
+    Phase,
+    Rows,
+    first_slots,
+    splitting,
+)
 from moe_runtime.dispatch.factory import buffer_bytes, make_dispatcher, most_tokens
 from moe_runtime.dispatch.local import LocalDispatcher
 from moe_runtime.dispatch.rows import RowLayout
@@ -163,6 +173,22 @@ def through(dispatcher: Dispatcher[Any], case: Case, rank: int, expert: Expert) 
     return dispatcher.combine_begin(run_experts(rows, expert, first_slot=rank * case.slots), handle).wait()
 
 
+RunPart = Callable[[Rows, int], Tensor]
+"""(rows of a part, its first local slot) -> outputs."""
+
+
+def through_parts(dispatcher: Dispatcher[Any], case: Case, rank: int, run: RunPart) -> Tensor:
+    """`through`, where the combine comes in two parts."""
+    step = replace(case.step, split_combine=True)
+    rows, handle = dispatcher.dispatch_begin(case.x[rank], case.routing[rank], step).wait()
+    can = splitting(dispatcher)
+    (first, ours), (rest, theirs) = can.split(rows, handle)
+    for part in (first, rest):
+        assert part.data.untyped_storage().data_ptr() == rows.data.untyped_storage().data_ptr(), "a copy"
+    on_way = can.combine_first_begin(run(first, 0), ours)
+    return can.combine_rest_begin(run(rest, first_slots(case.slots)), theirs, on_way).wait()
+
+
 def oracle(case: Case, rank: int, expert: Expert) -> Tensor:
     """The same through `local`, one rank with all slots."""
     local = LocalDispatcher(RowLayout(case.num_physical))
@@ -192,6 +218,21 @@ def check_marked_experts(ep: Communicator, backend: Backend, case: Case) -> None
     for attempt in range(2):
         y = through(dispatcher, case, ep.rank, marked)
         assert_law(dispatcher, y, oracle(case, ep.rank, marked), f"{backend}, rank {ep.rank}, dispatch {attempt}")
+    dispatcher.close()
+
+
+def check_split_combine(ep: Communicator, backend: Backend, case: Case) -> None:
+    """In two parts equal to `local`, twice through one dispatcher, with a whole combine after each."""
+
+    def run(rows: Rows, slot: int) -> Tensor:
+        return run_experts(rows, marked, first_slot=ep.rank * case.slots + slot)
+
+    dispatcher = backend.make(ep, case.slots)
+    want = oracle(case, ep.rank, marked)
+    for attempt in range(2):
+        what = f"{backend}, rank {ep.rank}, dispatch {attempt}"
+        assert_law(dispatcher, through_parts(dispatcher, case, ep.rank, run), want, f"{what} in parts")
+        assert_law(dispatcher, through(dispatcher, case, ep.rank, marked), want, what)
     dispatcher.close()
 
 

@@ -20,7 +20,7 @@ from tests.dispatch.elastic_wrong import WRONG, Dequantizing, Wrong, bf16_case, 
 from tests.dispatch.test_contract import on_ranks
 from tests.doubles.clauses import ContractError
 from tests.doubles.deep_ep.elastic import Library
-from tests.doubles.deep_ep.elastic_clauses import clauses, table
+from tests.doubles.deep_ep.elastic_clauses import clauses
 from tests.doubles.fabric_group import FabricGroup
 
 BY_SIZE = {
@@ -163,10 +163,3 @@ def test_every_capacity_is_compiled_for() -> None:
     library = Library()
     with library.clauses.without("compiled_for_capacity"):
         assert builds(Bent(library, dispatched=to())) == 0
-
-
-def test_the_table_names_each_clause_and_its_source() -> None:
-    lines = table(clauses()).splitlines()
-    assert len(lines) == len(WRONG) + len(BY_SIZE) + 2
-    assert all(line.count("|") == 4 for line in lines)
-    assert all(":" in line for line in lines[2:]), "file and line"

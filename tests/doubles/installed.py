@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from moe_runtime.comm.base import Communicator
-from moe_runtime.dispatch import deep_ep, fabric
+from moe_runtime.dispatch import deep_ep, fabric, nvshmem
 from moe_runtime.dispatch.deep_ep.detect import Library
+from moe_runtime.dispatch.nvshmem.device import DeviceDispatcher
+from moe_runtime.dispatch.nvshmem.host import HostDispatcher
+from moe_runtime.dispatch.spec import DispatchSpec
 from tests.doubles.deep_ep import elastic, legacy
 from tests.doubles.fabric_group import FabricGroup
+from tests.doubles.nvshmem import Core
+from tests.doubles.nvshmem.clauses import nvshmem_clauses
 
 
 def install_deep_ep(monkeypatch: pytest.MonkeyPatch, generation: int) -> Any:
@@ -21,6 +27,19 @@ def install_deep_ep(monkeypatch: pytest.MonkeyPatch, generation: int) -> Any:
     monkeypatch.setattr(deep_ep, "find", lambda: found)
     monkeypatch.setattr(deep_ep, "device_group", _group)
     return module
+
+
+def install_nvshmem(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """The double found as NVSHMEM, one library per rank, and served by this path."""
+    kinds: dict[str, Any] = {"host": HostDispatcher, "device": DeviceDispatcher}
+
+    def make(ep: Communicator, spec: DispatchSpec, *, device: torch.device | str) -> Any:
+        return kinds[path](ep, spec, library=Core(ep, nvshmem_clauses()), group=None, device=torch.device(device))
+
+    monkeypatch.setattr(fabric, "no_gpu_per_rank", lambda device, *, virtual: None)
+    monkeypatch.setattr(nvshmem, "find", lambda: nvshmem.Library(None, "double", "double", None))
+    monkeypatch.setattr(nvshmem, "path_of", lambda spec, *, bitcode: path)
+    monkeypatch.setattr(nvshmem, "make", make)
 
 
 def _group(ep: Communicator, name: str) -> FabricGroup:

@@ -155,7 +155,7 @@ BAD = [
     (["device=null"], "device=null: must be one of cpu, cuda."),
     (["ep=-1"], "ep=-1: must be at least 1. Nearest: ep=1."),
     (["dtype=fp32"], "dtype=fp32: must be one of auto, float32, bfloat16. Did you mean 'float32'?"),
-    (["dispatch=all2all"], "all_to_all, all_gather, deep_ep, nvshmem. Did you mean 'all_to_all'?"),
+    (["dispatch=all2all"], "all_to_all, all_gather, deep_ep, nvshmem, symm_mem. Did you mean 'all_to_all'?"),
     (["engine.prefix_caching=yes"], "engine.prefix_caching=yes: must be true or false."),
     (["engine.kv_cache_bytes=much"], "or a size such as 512MiB"),
     (["prompts="], "prompts=(nothing): must be a text"),

@@ -8,11 +8,12 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import pytest
+from moe_kernels import backends
 from moe_models.schema import Json
 
 from moe_runtime.launch import sizing
 from tests.data import random_prompts, write_checkpoint
-from tests.doubles.installed import install_deep_ep
+from tests.doubles.installed import install_deep_ep, install_nvshmem
 from tests.invariance.runs import Answer, alone, assert_close, assert_same_bits, run
 
 NEW_TOKENS: Final = 3
@@ -21,13 +22,7 @@ WIDE: Final[dict[str, Json]] = {"hidden_size": 2048, "num_hidden_layers": 2, "q_
 TWO_BATCHES: Final = ("engine.two_batch_overlap=on", "engine.two_batch_tokens=2", "engine.two_batch_decode_tokens=2")
 
 
-class Fabric(NamedTuple):
-    """What is installed and asked for."""
-
-    generation: int
-
-
-FABRICS: Final = MappingProxyType({"deep_ep V2": Fabric(2), "deep_ep V1": Fabric(1)})
+FABRICS: Final = ("deep_ep V2", "deep_ep V1", "nvshmem host")
 RUNS: Final = MappingProxyType(
     {
         "ep4": ("ep=4", "tp=1"),
@@ -63,7 +58,10 @@ def _in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
     """The words that choose the fabric, whose double is installed from here on."""
-    install_deep_ep(monkeypatch, FABRICS[name].generation)
+    if name.startswith("nvshmem"):
+        install_nvshmem(monkeypatch, name.split()[1])
+        return ["dispatch=nvshmem"]
+    install_deep_ep(monkeypatch, 2 if name == "deep_ep V2" else 1)
     return ["dispatch=deep_ep"]
 
 
@@ -99,3 +97,17 @@ def test_rows_as_low_latency_kernels_take_them(tmp_path: Path, monkeypatch: pyte
     chosen = ["dtype=bfloat16", *install(monkeypatch, "deep_ep V1"), "ep=2", "tp=1"]
     got = run(model.folder, [model.prompts], chosen, new_tokens=NEW_TOKENS, score_prompts=False)
     assert_close(got, want, tolerance=0.06)
+
+
+@pytest.mark.skipif(not backends.interpreted(), reason="needs TRITON_INTERPRET=1: kernels on CPU tensors")
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning")
+def test_rows_put_by_our_kernels_give_the_bits_of_all_to_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "SMALL_MODEL_BYTES", 2**30)  # fp32: the interpreter cannot multiply bf16
+    monkeypatch.setattr(backends, "default_backend", lambda device: "triton")
+    folder = write_checkpoint(tmp_path, "deepseek_v3", seed=7, changes={"num_hidden_layers": 2})
+    common = ["ep=2", "tp=1", "engine.cuda_graphs=off", "engine.batch_invariant=true"]
+    prompts = random_prompts([5, 2], seed=7)
+    want = run(folder, [prompts], ["dispatch=all_to_all", *common], new_tokens=2, score_prompts=False)
+    chosen = install(monkeypatch, "nvshmem device")
+    for words in ((), TWO_BATCHES):
+        assert_same_bits(run(folder, [prompts], [*chosen, *common, *words], new_tokens=2, score_prompts=False), want)

@@ -15,7 +15,7 @@ from moe_runtime.dispatch.missing import Missing
 from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.errors import ConfigError
 
-__all__ = ["Library", "buffer_bytes", "find", "make", "max_capacity", "obstacle"]
+__all__ = ["Library", "buffer_bytes", "find", "graph_safe", "make", "max_capacity", "obstacle", "sums_at_home"]
 
 
 def obstacle(spec: DispatchSpec, *, limits_only: bool) -> Missing | None:
@@ -39,6 +39,16 @@ def max_capacity(spec: DispatchSpec, phase: Phase) -> int | None:
     if _newest(find()) == 2:
         return elastic_sizes.max_capacity(spec)
     return legacy_sizes.max_capacity(spec, phase, ranks_per_node=spec.ranks_per_node)
+
+
+def graph_safe(spec: DispatchSpec) -> bool:
+    """Steps without prompt tokens wait for no count."""
+    return True
+
+
+def sums_at_home(spec: DispatchSpec) -> bool:
+    """Its kernels sum by rank, in bf16; only V1's low-latency combine does not, and only without prompt tokens."""
+    return False
 
 
 def _newest(library: Library | Missing) -> int:

@@ -109,9 +109,3 @@ _RULES: Final = (
 def clauses() -> Clauses:
     """All of them, on."""
     return Clauses(*(Clause(*rule) for rule in _RULES))
-
-
-def table(of: Clauses) -> str:
-    """The clauses as a table in Markdown."""
-    head = ["| clause | what holds | source |", "|---|---|---|"]
-    return "\n".join(head + [f"| {clause.name} | {clause.rule} | {clause.source} |" for clause in of]) + "\n"
