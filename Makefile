@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 JOBS ?= 2
 
-.PHONY: run test full lint types format clean help gpu gpu-test gpu-bench gpu-wheels
+.PHONY: run test full lint types format clean help gpu gpu-test gpu-bench gpu-fabric gpu-wheels
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -57,6 +57,9 @@ gpu-test: $(GPU_SITE) ## the Triton kernels' tests on a CUDA device, and the dem
 gpu-bench: $(GPU_SITE) ## kernels and one rank's layer against their floors, into docs/measurements/gpu.jsonl
 	$(GPU_ENV) $(GPU_PYTHON) -m moe_tools.bench kernels; status=$$?; \
 	$(GPU_ENV) $(GPU_PYTHON) -m moe_tools.bench slice && exit $$status
+
+gpu-fabric: $(GPU_SITE) ## dispatch fabrics as far as one GPU goes, in 8 minutes, into docs/measurements/gpu.jsonl
+	$(GPU_ENV) $(GPU_PYTHON) -m moe_tools.bench fabric
 
 gpu-wheels: ## fetch the few wheels that the end-to-end GPU tests need where there is no package index
 	$(PYTHON) -m pip download -q --no-deps -d $(GPU_WHEELS) -c constraints.txt --python-version 3.12 \

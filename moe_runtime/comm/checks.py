@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -104,3 +104,15 @@ def unpack_ints(data: bytes) -> tuple[int, ...]:
 def show_signature(signature: tuple[object, ...]) -> str:
     """For example "[4, 128] torch.float32"."""
     return " ".join(str(list(item)) if isinstance(item, torch.Size) else str(item) for item in signature)
+
+
+def show_ranks(ranks: Iterable[int]) -> str:
+    """ "rank 3" or "ranks 0-3, 8"."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    text = ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in spans)
+    return f"rank {text}" if len(spans) == 1 and spans[0][0] == spans[0][1] else f"ranks {text}"

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from moe_runtime.comm.base import Location
+from moe_runtime.comm.checks import show_ranks
 from moe_runtime.errors import CommunicationError
 
 T = TypeVar("T")
@@ -35,18 +36,6 @@ class Meetings(Protocol):
         """An open collective in which world rank `rank` has no part yet."""
 
     def reset(self) -> None: ...
-
-
-def show_ranks(ranks: Iterable[int]) -> str:
-    """ "rank 3" or "ranks 0-3, 8"."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    text = ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in spans)
-    return f"rank {text}" if len(spans) == 1 and spans[0][0] == spans[0][1] else f"ranks {text}"
 
 
 class Interruption:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from moe_runtime.comm.hub import show_ranks
+from moe_runtime.comm.checks import show_ranks
 from moe_runtime.comm.overdue import Overdue
 from moe_runtime.comm.whereabouts import Whereabouts
 from moe_runtime.errors import CommunicationError, ConfigError, EngineClosedError

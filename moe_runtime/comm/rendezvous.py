@@ -9,9 +9,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from moe_runtime.comm.checks import show_signature
+from moe_runtime.comm.checks import show_ranks, show_signature
 from moe_runtime.comm.collectives import Op
-from moe_runtime.comm.hub import Awaited, Hub, show_ranks
+from moe_runtime.comm.hub import Awaited, Hub
 from moe_runtime.errors import CommunicationError
 
 P = TypeVar("P")

@@ -15,7 +15,7 @@ from datetime import timedelta
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from moe_runtime.comm.base import Location
-from moe_runtime.comm.hub import show_ranks
+from moe_runtime.comm.checks import show_ranks
 from moe_runtime.errors import CommunicationError
 
 _FOREVER = timedelta(days=3650)

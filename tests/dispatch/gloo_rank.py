@@ -17,6 +17,8 @@ from tests.dispatch import contract
 from tests.dispatch.contract import BACKENDS, make_case
 from tests.dispatch.elastic_adapters import Elastic, spec_for
 from tests.dispatch.legacy_fabric import Fabric
+from tests.dispatch.nvshmem_backend import Nvshmem
+from tests.dispatch.symm_mem_backend import Symmetric
 from tests.doubles.deep_ep.elastic import Library
 
 DEADLINE_S = 60.0
@@ -40,6 +42,8 @@ def main(rank: int, world: int, port: int) -> None:
                     contract.check_marked_experts(ep, backend, case)
                     contract.check_identity_experts(ep, backend, case)
                     contract.check_origin_of_rows(ep, backend, case)
+                    if backend.name == "all_to_all" and case.slots > 1:
+                        contract.check_split_combine(ep, backend, case)
                 contract.check_two_in_flight(ep, backend, cases[0])
                 cap = backend.buffer_bytes(world, 2, tokens=2, top_k=3)
                 assert contract.check_receive_cap(ep, backend, cases[0], cap) == 3
@@ -51,6 +55,14 @@ def main(rank: int, world: int, port: int) -> None:
                 legacy = Fabric(case=replace(fabric, phase=phase))
                 contract.check_marked_experts(ep, legacy, legacy.case)
                 contract.check_origin_of_rows(ep, legacy, legacy.case)
+            for case in cases:
+                nvshmem: Any = Nvshmem("host", case)
+                contract.check_marked_experts(ep, nvshmem, case)
+                contract.check_origin_of_rows(ep, nvshmem, case)
+            for case in cases:
+                symmetric: Any = Symmetric(case)
+                contract.check_marked_experts(ep, symmetric, case)
+                contract.check_origin_of_rows(ep, symmetric, case)
         ep.barrier()
     except BaseException as error:
         process.close(error)

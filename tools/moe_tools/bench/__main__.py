@@ -24,9 +24,14 @@ def main() -> None:
             from moe_tools.bench.layer_slice import main as run_slice
 
             run_slice(rest)
+        case ["fabric", *rest]:
+            from moe_tools.bench.fabric.run import main as run_fabric
+
+            run_fabric(rest)
         case words:
             raise SystemExit(
-                f"python -m moe_tools.bench throughput|ranks|kernels|slice …: {' '.join(words) or 'nothing'} given"
+                "python -m moe_tools.bench throughput|ranks|kernels|slice|fabric …: "
+                f"{' '.join(words) or 'nothing'} given"
             )
 
 
