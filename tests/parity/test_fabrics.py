@@ -13,7 +13,7 @@ from moe_models.schema import Json
 
 from moe_runtime.launch import sizing
 from tests.data import random_prompts, write_checkpoint
-from tests.doubles.installed import install_deep_ep, install_nvshmem
+from tests.doubles.installed import install_deep_ep, install_nvshmem, install_symm_mem
 from tests.invariance.runs import Answer, alone, assert_close, assert_same_bits, run
 
 NEW_TOKENS: Final = 3
@@ -22,7 +22,7 @@ WIDE: Final[dict[str, Json]] = {"hidden_size": 2048, "num_hidden_layers": 2, "q_
 TWO_BATCHES: Final = ("engine.two_batch_overlap=on", "engine.two_batch_tokens=2", "engine.two_batch_decode_tokens=2")
 
 
-FABRICS: Final = ("deep_ep V2", "deep_ep V1", "nvshmem host")
+FABRICS: Final = ("deep_ep V2", "deep_ep V1", "nvshmem host", "symm_mem")
 RUNS: Final = MappingProxyType(
     {
         "ep4": ("ep=4", "tp=1"),
@@ -61,6 +61,9 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
     if name.startswith("nvshmem"):
         install_nvshmem(monkeypatch, name.split()[1])
         return ["dispatch=nvshmem"]
+    if name == "symm_mem":
+        install_symm_mem(monkeypatch)
+        return ["dispatch=symm_mem"]
     install_deep_ep(monkeypatch, 2 if name == "deep_ep V2" else 1)
     return ["dispatch=deep_ep"]
 
