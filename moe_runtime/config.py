@@ -18,12 +18,13 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 Fp8Weights = Literal["auto", "keep", "dequantize"]
 Device = Literal["cpu", "cuda"]
 Launcher = Literal["auto", "virtual", "process", "torchrun"]
-DispatchName = Literal["auto", "local", "all_to_all", "all_gather", "deep_ep", "nvshmem"]
+DispatchName = Literal["auto", "local", "all_to_all", "all_gather", "deep_ep", "nvshmem", "symm_mem"]
 SharedExperts = Literal["replicated", "dispatched"]
 ReplicaChoice = Literal["static", "round_robin", "nearest"]
 Padding = Literal["auto", "max", "own"]
 CudaGraphs = Literal["auto", "on", "off"]
 TwoBatchOverlap = Literal["auto", "on", "off"]
+SingleBatchOverlap = Literal["auto", "on", "off"]
 KvCacheDtype = Literal["auto", "fp8"]
 
 _MAX_SEED = 2**63 - 1
@@ -87,6 +88,10 @@ class EngineConfig:
     )
     two_batch_decode_tokens: int = setting(
         128, "the same for steps without prompt tokens; auto: only where ep spans several nodes", minimum=2
+    )
+    single_batch_overlap: SingleBatchOverlap = setting(
+        "auto",
+        "outputs of some experts travel while others compute, in uncut steps with prompts; auto: off, unmeasured",
     )
     dispatch_buffer_bytes: int | None = setting(
         None,

@@ -65,7 +65,8 @@ class Key:
     @property
     def choices(self) -> tuple[str, ...]:
         """The closed set of values, or nothing where it is open."""
-        return get_args(self.annotation) if get_origin(self.annotation) is Literal else ()
+        kind = _plain_type(self.annotation)
+        return get_args(kind) if get_origin(kind) is Literal else ()
 
     def check(self, value: object) -> object:
         """`value` in the field's type. Raises ConfigError with the value, the rule and an example."""
@@ -84,7 +85,7 @@ class Key:
     def rule(self) -> str:
         """What a value must be, in words."""
         if self.choices:
-            return "one of " + ", ".join(self.choices)
+            return "one of " + ", ".join(self.choices) + (", or null" if self.optional else "")
         kind = _plain_type(self.annotation)
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         text = words.get(kind, "a list of texts" if get_args(kind)[:1] == (str,) else "a list of whole numbers")

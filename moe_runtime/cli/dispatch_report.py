@@ -14,6 +14,7 @@ from moe_runtime.launch.shuffle import (
     dispatch_names,
     dispatch_spec,
     overlap_line,
+    split_line,
     whole_spec,
 )
 from moe_runtime.launch.sizing import format_bytes
@@ -41,7 +42,7 @@ def show_dispatch(console: Console, composed: Composed, placement: ExpertPlaceme
         held = format_bytes(buffer_bytes(name, replace(spec, max_tokens=at_once, max_decode_tokens=at_once)))
         turns = count(-(-tokens // chunk), "chunk")
         rows.append((phase, f"{tokens} tokens per rank in {turns} of {at_once}, {held} at worst"))
-    rows.append(("overlap", overlap_line(config)))
+    rows += [("overlap", overlap_line(config)), ("", split_line(config))]
     rows.append(("graphs", _graphs(composed)))
     console.pairs("dispatch", rows)
 

@@ -24,7 +24,7 @@ from moe_runtime.launch.compose import Composed
 from moe_runtime.launch.graphs import graphs_mode
 from moe_runtime.launch.kernels import kernel_line
 from moe_runtime.launch.meeting import Meeting
-from moe_runtime.launch.shuffle import overlap_line
+from moe_runtime.launch.shuffle import overlap_line, split_line
 from moe_runtime.launch.sizing import format_bytes
 
 _SHOWN = 6
@@ -113,6 +113,7 @@ def _show_topology(console: Console, composed: Composed, llm: LLM, load_s: float
         ("model", f"{config.model}: {model.num_layers} layers, {model.n_routed_experts} routed experts{shared}"),
         ("dispatch", f"{config.dispatch}, {config.placement.num_redundant_experts} redundant experts"),
         ("overlap", overlap_line(config)),
+        ("", split_line(config)),
         ("loaded", f"in {load_s:.1f} s"),
     ]
     if config.device == "cuda":
@@ -156,6 +157,8 @@ def _show_speed(console: Console, llm: LLM, outputs: Sequence[RequestOutput], el
         rows.append(("graphs", f"{graphs.captures} captured, replayed {graphs.replays} times; {eager} without"))
     if cut := snapshot.num_two_batch_steps:
         rows.append(("overlap", f"{cut} of {count(llm.num_steps, 'step')} ran as two micro-batches"))
+    if split := snapshot.num_split_steps:
+        rows.append(("overlap", f"{split} of {count(llm.num_steps, 'step')} combined in two parts"))
     rows.append(("memory", f"{format_bytes(peak)} at most in this process"))
     console.pairs("speed", rows)
 

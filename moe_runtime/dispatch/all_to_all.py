@@ -9,7 +9,7 @@ T tokens, H hidden, K top-k, R received rows, S = ep sources, E local slots, P =
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from moe_kernels.permute import unpermute
@@ -18,6 +18,7 @@ from torch import Tensor
 from moe_runtime.comm.base import Communicator
 from moe_runtime.dispatch.base import Capabilities, DispatchStep, Layout, Phase, Rows
 from moe_runtime.dispatch.equal_split import EqualSplit, EqualSplitHandle
+from moe_runtime.dispatch.parts import Cut, rows_per_rank
 from moe_runtime.dispatch.rows import RowLayout, send_order, wire_order
 from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.types import Pending, PhysicalRouting
@@ -37,6 +38,8 @@ class AllToAllHandle:
     received: Sequence[int]
     """Rows per source rank."""
     position: Tensor | None
+    cut: Cut | None = None
+    """Where the combine comes in two parts."""
 
 
 Handle = AllToAllHandle | EqualSplitHandle
@@ -61,38 +64,72 @@ class AllToAllDispatcher:
             layouts=tuple(Layout),
             counts_on_host=True,
             graph_safe=self._equal is not None,
+            splits_combine=True,
         )
 
     def dispatch_begin(self, x: Tensor, routing: PhysicalRouting, step: DispatchStep) -> Pending[tuple[Rows, Handle]]:
         """Returns with the rows on their way: their counts are exchanged while the rows are sorted."""
         step.check(x)
         if self._equal is not None and step.phase is not Phase.MIXED:
+            assert not step.split_combine, "equal blocks come home as a whole"
             return self._equal.dispatch_begin(x, routing, step)
-        return self._by_counts(x, routing)
+        return self._by_counts(x, routing, split=step.split_combine)
 
-    def _by_counts(self, x: Tensor, routing: PhysicalRouting) -> _Arriving:
+    def _by_counts(self, x: Tensor, routing: PhysicalRouting, *, split: bool) -> _Arriving:
         order = send_order(routing.expert_ids, self._bounds)
         counting = self._ep.all_to_all_begin(order.counts, self._even, self._even)
-        sent = self._per_rank(order.counts)
+        first_sent, sent = self._per_rank(order.counts, split=split)
         rows = x.index_select(0, order.token_of)
         counts = counting.wait()
-        received = self._per_rank(counts)
+        first_received, received = self._per_rank(counts, split=split)
         wire = self._ep.all_to_all_begin(rows, sent, received)
-        return _Arriving(self, wire, counts, order.row_of, routing.weights, sent, received)
+        cut = None
+        if split:
+            shape = (self._ep.size, self._rows.num_slots)
+            both = order.counts.view(shape), counts.view(shape)
+            cut = Cut(routing.expert_ids, *both, first_sent, first_received)
+        return _Arriving(self, wire, counts, order.row_of, routing.weights, sent, received, cut)
 
     def combine_begin(self, y: Tensor, handle: Handle) -> Pending[Tensor]:
         if isinstance(handle, EqualSplitHandle):
             assert self._equal is not None, "a handle of another dispatcher"
             return self._equal.combine_begin(y, handle)
-        wire = self._ep.all_to_all_begin(wire_order(y, handle.position), handle.received, handle.sent)
-        return _Returning(wire, handle)
+        return _Returning(self._send_home(y, handle), handle)
+
+    def split(self, rows: Rows, handle: Handle) -> tuple[tuple[Rows, Handle], tuple[Rows, Handle]]:
+        """Of a dispatch by counts, where both sides know those of both parts."""
+        assert isinstance(handle, AllToAllHandle) and handle.cut is not None, "dispatched to be combined as a whole"
+        cut = handle.cut
+        (first, at_first), (rest, at_rest) = cut.split(rows, handle.position)
+        ours = replace(handle, sent=cut.first_sent, received=cut.first_received, position=at_first)
+        theirs = replace(
+            handle,
+            row_of=cut.home_rows(handle.row_of),
+            sent=_less(handle.sent, cut.first_sent),
+            received=_less(handle.received, cut.first_received),
+            position=at_rest,
+        )
+        return (first, ours), (rest, theirs)
+
+    def combine_first_begin(self, y: Tensor, handle: Handle) -> Pending[Tensor]:
+        assert isinstance(handle, AllToAllHandle), "equal blocks come home as a whole"
+        return self._send_home(y, handle)
+
+    def combine_rest_begin(self, y: Tensor, handle: Handle, first: Pending[Tensor]) -> Pending[Tensor]:
+        assert isinstance(handle, AllToAllHandle), "equal blocks come home as a whole"
+        return _Returning(self._send_home(y, handle), handle, first)
+
+    def _send_home(self, y: Tensor, handle: AllToAllHandle) -> Pending[Tensor]:
+        return self._ep.all_to_all_begin(wire_order(y, handle.position), handle.received, handle.sent)
 
     def close(self) -> None: ...
 
-    def _per_rank(self, counts: Tensor) -> list[int]:
+    def _per_rank(self, counts: Tensor, *, split: bool) -> tuple[list[int], list[int]]:
+        """Rows of the first part, where there is one, and of all."""
         slots = self._rows.num_slots
-        per_rank: list[int] = (counts if slots == 1 else counts.view(-1, slots).sum(1)).tolist()
-        return per_rank
+        if split:
+            return rows_per_rank(counts.view(-1, slots))
+        return [], (counts if slots == 1 else counts.view(-1, slots).sum(1)).tolist()
 
     def _regroup(self, wire: Tensor, counts: Tensor) -> tuple[Rows, Tensor | None]:
         return self._rows.lay_out(wire, counts.view(-1, self._rows.num_slots))
@@ -122,18 +159,27 @@ class _Arriving:
     weights: Tensor
     sent: list[int]
     received: list[int]
+    cut: Cut | None
 
     def wait(self) -> tuple[Rows, AllToAllHandle]:
         rows, position = self.dispatcher._regroup(self.wire.wait(), self.counts)
-        return rows, AllToAllHandle(self.row_of, self.weights, self.sent, self.received, position)
+        return rows, AllToAllHandle(self.row_of, self.weights, self.sent, self.received, position, self.cut)
 
 
 @dataclass(frozen=True, slots=True)
 class _Returning:
-    """Rows on their way home."""
+    """Rows on their way home, `first` before them where they are the second part."""
 
     wire: Pending[Tensor]
     handle: AllToAllHandle
+    first: Pending[Tensor] | None = None
 
     def wait(self) -> Tensor:
-        return unpermute(self.wire.wait(), self.handle.row_of, self.handle.weights)
+        if self.first is None:
+            return unpermute(self.wire.wait(), self.handle.row_of, self.handle.weights)
+        first = self.first.wait()
+        return unpermute(first, self.handle.row_of, self.handle.weights, rest=self.wire.wait())
+
+
+def _less(counts: Sequence[int], others: Sequence[int]) -> list[int]:
+    return [count - other for count, other in zip(counts, others, strict=True)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 from torch import Tensor
 
@@ -39,6 +39,8 @@ class DispatchStep:
     capacity: int
     phase: Phase
     micro_batch: int = 0
+    split_combine: bool = False
+    """The outputs go home in two parts (`SplitDispatcher`); only with prompt tokens and two slots or more."""
 
     def check(self, x: Tensor) -> None:
         """Assert that `x [T, H]` keeps to what was agreed."""
@@ -104,6 +106,8 @@ class Capabilities:
     """A token crosses once to a rank that holds several of its experts."""
     keeps_order: bool = True
     """Rows of a slot stand in order of source rank, then token."""
+    splits_combine: bool = False
+    """It is a SplitDispatcher. DeepEP is none: its releases combine a dispatch as a whole."""
 
 
 class Dispatcher(Protocol[H]):
@@ -119,3 +123,33 @@ class Dispatcher(Protocol[H]):
         """Bring the experts' outputs back (`y` shaped as the rows' data) and sum them by weight to `[T, H]`."""
 
     def close(self) -> None: ...
+
+
+class SplitDispatcher(Dispatcher[H], Protocol[H]):
+    """One that can bring the outputs of the first slots home while the others' are computed.
+
+    After a dispatch with `DispatchStep.split_combine`, on all ranks: `split`, `combine_first_begin`, then
+    `combine_rest_begin`, in place of `combine_begin`; the sum is bitwise the same.
+    """
+
+    def split(self, rows: Rows, handle: H) -> tuple[tuple[Rows, H], tuple[Rows, H]]:
+        """`rows` as those of the first slots (`first_slots`) and of the others, views, each with its own handle."""
+
+    def combine_first_begin(self, y: Tensor, handle: H) -> Pending[Tensor]:
+        """Bring the outputs `y` of the first slots back, unsummed; what it gives is for `combine_rest_begin` alone."""
+
+    def combine_rest_begin(self, y: Tensor, handle: H, first: Pending[Tensor]) -> Pending[Tensor]:
+        """Bring the other slots' outputs back and sum both parts by weight to `[T, H]`."""
+
+
+def first_slots(num_slots: int) -> int:
+    """Slots of the first part, of `num_slots` >= 2: half of them, or one more, since only the second part's way home is
+    left without company."""
+    assert num_slots > 1, f"{num_slots} slots have no parts"
+    return (num_slots + 1) // 2
+
+
+def splitting(dispatcher: Dispatcher[H]) -> SplitDispatcher[H]:
+    """`dispatcher`, known to be one that can; a configuration is checked for it."""
+    assert dispatcher.capabilities.splits_combine, f"{type(dispatcher).__name__} combines as a whole"
+    return cast("SplitDispatcher[H]", dispatcher)

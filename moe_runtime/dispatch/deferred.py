@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_runtime.dispatch.base import Capabilities, Dispatcher, DispatchStep, Rows
+from moe_runtime.dispatch.base import Capabilities, Dispatcher, DispatchStep, Rows, splitting
 from moe_runtime.types import Pending, PhysicalRouting
 
 
@@ -37,6 +37,15 @@ class DeferredDispatcher:
 
     def combine_begin(self, y: Tensor, handle: Any) -> Pending[Tensor]:
         return self._inner.combine_begin(y, handle)
+
+    def split(self, rows: Rows, handle: Any) -> tuple[tuple[Rows, Any], tuple[Rows, Any]]:
+        return splitting(self._inner).split(rows, handle)
+
+    def combine_first_begin(self, y: Tensor, handle: Any) -> Pending[Tensor]:
+        return splitting(self._inner).combine_first_begin(y, handle)
+
+    def combine_rest_begin(self, y: Tensor, handle: Any, first: Pending[Tensor]) -> Pending[Tensor]:
+        return splitting(self._inner).combine_rest_begin(y, handle, first)
 
     def close(self) -> None:
         """Free the buffers. Collective; idempotent."""

@@ -2,7 +2,8 @@
 
 T tokens, C capacity, H hidden, K top-k, S ep ranks, E local slots, J = min(K, E) rows of a token for one rank at most.
 The block from one rank to another has C·J rows: row t·J + j holds token t for the j-th of its slots there. What no
-token took is sent as it is and marked as going nowhere.
+token took is sent as it is and marked as going nowhere. The way home has no parts: nobody knows which rows of a block
+are of which slots, so each part would be as long as the whole.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_runtime.dispatch.base import Capabilities, Dispatcher, DispatchStep, Phase, Rows
+from moe_runtime.dispatch.base import Capabilities, Dispatcher, DispatchStep, Phase, Rows, splitting
 from moe_runtime.types import Pending, PhysicalRouting
 
 
@@ -26,7 +26,7 @@ class PhasedDispatcher:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What holds for both."""
+        """What holds for both; of graphs decode's, of parts mixed's."""
         mixed, decode = self.mixed.capabilities, self.decode.capabilities
         return Capabilities(
             sums_at_home=mixed.sums_at_home and decode.sums_at_home,
@@ -36,6 +36,7 @@ class PhasedDispatcher:
             graph_safe=decode.graph_safe,
             dedups_per_rank=mixed.dedups_per_rank and decode.dedups_per_rank,
             keeps_order=mixed.keeps_order and decode.keeps_order,
+            splits_combine=mixed.splits_combine,
         )
 
     def dispatch_begin(
@@ -46,6 +47,17 @@ class PhasedDispatcher:
 
     def combine_begin(self, y: Tensor, handle: PhasedHandle) -> Pending[Tensor]:
         return handle.of.combine_begin(y, handle.inner)
+
+    def split(self, rows: Rows, handle: PhasedHandle) -> tuple[tuple[Rows, PhasedHandle], tuple[Rows, PhasedHandle]]:
+        of = handle.of
+        (first, ours), (rest, theirs) = splitting(of).split(rows, handle.inner)
+        return (first, PhasedHandle(of, ours)), (rest, PhasedHandle(of, theirs))
+
+    def combine_first_begin(self, y: Tensor, handle: PhasedHandle) -> Pending[Tensor]:
+        return splitting(handle.of).combine_first_begin(y, handle.inner)
+
+    def combine_rest_begin(self, y: Tensor, handle: PhasedHandle, first: Pending[Tensor]) -> Pending[Tensor]:
+        return splitting(handle.of).combine_rest_begin(y, handle.inner, first)
 
     def close(self) -> None:
         self.mixed.close()

@@ -109,17 +109,17 @@ class RowLayout:
             ends = per_slot.cumsum(0)
             if sources == 1:
                 return GroupedRows(wire, ends.to(torch.int32)), None
-            position = _positions(counts, ends - per_slot, wire.shape[0])
+            position = positions(counts, ends - per_slot, wire.shape[0])
             data = torch.empty_like(wire).index_copy_(0, position, wire)
             return GroupedRows(data, ends.to(torch.int32)), position
         if self.layout is Layout.GROUPED:
             spans = (per_slot + (self.alignment - 1)) // self.alignment * self.alignment
             starts = spans.cumsum(0) - spans
-            position = _positions(counts, starts, wire.shape[0])
+            position = positions(counts, starts, wire.shape[0])
             data = wire.new_zeros(int(spans.sum()), wire.shape[1]).index_copy_(0, position, wire)
             return GroupedRows(data, (starts + per_slot).to(torch.int32), self.alignment), position
         capacity = int(per_slot.max())
-        position = _positions(counts, torch.arange(slots, device=wire.device) * capacity, wire.shape[0])
+        position = positions(counts, torch.arange(slots, device=wire.device) * capacity, wire.shape[0])
         data = wire.new_zeros(slots * capacity, wire.shape[1]).index_copy_(0, position, wire)
         return PaddedRows(data.view(slots, capacity, wire.shape[1]), per_slot.to(torch.int32)), position
 
@@ -135,7 +135,7 @@ def wire_order(y: Tensor, position: Tensor | None) -> Tensor:
     return y if position is None else y.reshape(-1, y.shape[-1]).index_select(0, position)
 
 
-def _positions(counts: Tensor, starts: Tensor, num_rows: int) -> Tensor:
+def positions(counts: Tensor, starts: Tensor, num_rows: int) -> Tensor:
     """[R] int64: where each wire row goes if slot e's rows begin at `starts[e]`, sources in order within a slot."""
     earlier_sources = counts.cumsum(0) - counts
     flat = counts.reshape(-1)

@@ -29,7 +29,7 @@ from moe_runtime.engine.sequence import SequenceState
 from moe_runtime.errors import CommunicationError
 
 _PHASES = tuple(Phase)
-_HEADER = 9
+_HEADER = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +245,7 @@ def _encode(step: GroupStep, plan: StepPlan, commands: GroupCommands) -> bytes:
         step.chunk_tokens,
         int(step.graph),
         step.num_micro_batches,
+        int(step.split_combine),
     ]
     return np.array(header + plan.to_ints(), dtype=np.int64).tobytes()
 
@@ -255,8 +256,9 @@ def _decode(payload: bytes) -> tuple[list[int], StepPlan]:
 
 
 def _group_step(header: Sequence[int]) -> GroupStep:
-    padded, capacity, num_chunks, chunk_tokens, graph, micro_batches = header[3:]
-    return GroupStep(_PHASES[header[2]], padded, capacity, num_chunks, chunk_tokens, bool(graph), micro_batches)
+    padded, capacity, num_chunks, chunk_tokens, graph, micro_batches, split = header[3:]
+    phase = _PHASES[header[2]]
+    return GroupStep(phase, padded, capacity, num_chunks, chunk_tokens, bool(graph), micro_batches, bool(split))
 
 
 def _split_rows(plan: StepPlan) -> tuple[list[tuple[int, int, int, int]], list[int]]:

@@ -50,6 +50,8 @@ class LockstepLimits:
 
     `two_batch_tokens`, `two_batch_decode_tokens`: rows of the largest group from which on a step of either kind is cut
     into two micro-batches that overlap (None = never).
+
+    `split_combine`: steps with prompts that are not cut bring the experts' outputs home in two parts.
     """
 
     tp: int = 1
@@ -59,6 +61,7 @@ class LockstepLimits:
     max_decode_tokens: int | None = None
     two_batch_tokens: int | None = None
     two_batch_decode_tokens: int | None = None
+    split_combine: bool = False
 
     def __post_init__(self) -> None:
         limits = (self.max_tokens, self.max_decode_tokens)
@@ -114,6 +117,8 @@ class AgreedStep:
     graph: bool = False
     num_micro_batches: int = 1
     """Each group's rows are cut by `cut_rows`."""
+    split_combine: bool = False
+    """See `DispatchStep.split_combine`."""
 
 
 def cut_rows(rows: int, num_micro_batches: int, *, tp: int) -> tuple[int, ...]:
@@ -162,6 +167,7 @@ def agree(wishes: Sequence[Sequence[int]], *, limits: LockstepLimits) -> AgreedS
         outstanding=outstanding,
         graph=size is not None,
         num_micro_batches=micro_batches,
+        split_combine=limits.split_combine and phase is Phase.MIXED and micro_batches == 1,
     )
 
 

@@ -14,13 +14,12 @@ import torch
 from moe_runtime.dispatch.base import Phase
 from moe_runtime.engine.detokenizer import TokenDecoder
 from moe_runtime.engine.engine import LoadReport, StepReport
-from moe_runtime.engine.graphs import NO_GRAPHS, GraphCounts
 from moe_runtime.engine.handle import Completion, Deliver, RequestHandle, engine_failed, wait_for
 from moe_runtime.engine.lockstep import GroupBalancer
 from moe_runtime.engine.messages import Commands
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.scheduler import SchedulerStats
-from moe_runtime.engine.snapshot import EngineSnapshot, EngineState, TokenRate
+from moe_runtime.engine.snapshot import EngineSnapshot, EngineState, StepCounts, TokenRate
 from moe_runtime.engine.submission import Check, Prepared, Submission, prepare
 from moe_runtime.errors import EngineClosedError
 from moe_runtime.parallel.mesh import ProcessMesh
@@ -69,7 +68,7 @@ class RequestOwner:
         self._failure: BaseException | None = None
         self._closed = False
         self._started = self._step_began = time.monotonic()
-        self._counts = _Counts(groups=(SchedulerStats(0, 0, 0, num_pages, 0, 0, 0),) * mesh.dp)
+        self._counts = StepCounts(groups=(SchedulerStats(0, 0, 0, num_pages, 0, 0, 0),) * mesh.dp)
         self._rate = TokenRate()
 
     # Any thread
@@ -132,6 +131,7 @@ class RequestOwner:
                 graphs=counts.graphs,
                 num_eager_decode_steps=counts.eager_decode_steps,
                 num_two_batch_steps=counts.two_batch_steps,
+                num_split_steps=counts.split_steps,
             )
 
     @property
@@ -278,22 +278,8 @@ class RequestOwner:
         counts.graphs = step.graphs
         counts.eager_decode_steps += step.agreed.phase is Phase.DECODE and not step.agreed.graph
         counts.two_batch_steps += step.agreed.num_micro_batches > 1
+        counts.split_steps += step.agreed.split_combine
         if step.agreed.num_tokens:
             counts.last_step_s = now - began
             counts.busy_s += counts.last_step_s
             self._rate.add(began, now, tokens)
-
-
-@dataclass(slots=True)
-class _Counts:
-    groups: tuple[SchedulerStats, ...]
-    steps: int = 0
-    phase: Phase = Phase.IDLE
-    finished: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    busy_s: float = 0.0
-    last_step_s: float = 0.0
-    graphs: GraphCounts = NO_GRAPHS
-    two_batch_steps: int = 0
-    eager_decode_steps: int = 0

@@ -46,6 +46,7 @@ class GroupStep:
     graph: bool = False
     """All ranks have captured a step of so many rows."""
     num_micro_batches: int = 1
+    split_combine: bool = False
 
     @classmethod
     def of(cls, agreed: AgreedStep, group: int) -> GroupStep:
@@ -58,6 +59,7 @@ class GroupStep:
             agreed.chunk_tokens,
             agreed.graph,
             agreed.num_micro_batches,
+            agreed.split_combine,
         )
 
     def rows(self, tp: int) -> tuple[int, ...]:
@@ -121,7 +123,9 @@ class Runner:
     def _moe(self, step: GroupStep, num_tokens: int, micro_batch: int) -> MoEStep:
         local = step.padded_tokens // self.tp
         real = min(max(num_tokens - self.tp_rank * local, 0), local)
-        return MoEStep(real, step.capacity, step.chunk_tokens, step.num_chunks, step.phase, micro_batch)
+        return MoEStep(
+            real, step.capacity, step.chunk_tokens, step.num_chunks, step.phase, micro_batch, step.split_combine
+        )
 
     def _absorbed(self, table: IntArray, sequence: IntArray, positions: IntArray, count: int) -> AbsorbedTokens | None:
         if not count:

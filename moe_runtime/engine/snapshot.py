@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_runtime.dispatch.base import Phase
-from moe_runtime.engine.graphs import GraphCounts
+from moe_runtime.engine.graphs import NO_GRAPHS, GraphCounts
 from moe_runtime.engine.scheduler import SchedulerStats
 from moe_runtime.parallel.mesh import ProcessMesh
 
@@ -50,12 +50,32 @@ class EngineSnapshot:
     """Decode steps that ran without one"""
     num_two_batch_steps: int
     """Steps cut into two micro-batches that overlap"""
+    num_split_steps: int
+    """Steps whose experts' outputs came home in two parts"""
 
     @property
     def prefix_hit_rate(self) -> float:
         """Share of prompt tokens that the prefix caches held, 0..1; of prompts that were looked up there."""
         queries = sum(group.prefix_query_tokens for group in self.groups)
         return sum(group.prefix_hit_tokens for group in self.groups) / queries if queries else 0.0
+
+
+@dataclass(slots=True)
+class StepCounts:
+    """What the owner of the requests counts, as in EngineSnapshot."""
+
+    groups: tuple[SchedulerStats, ...]
+    steps: int = 0
+    phase: Phase = Phase.IDLE
+    finished: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    busy_s: float = 0.0
+    last_step_s: float = 0.0
+    graphs: GraphCounts = NO_GRAPHS
+    two_batch_steps: int = 0
+    split_steps: int = 0
+    eager_decode_steps: int = 0
 
 
 class TokenRate:

@@ -10,12 +10,12 @@ import torch
 from moe_models.base import ModelConfig
 
 from moe_runtime.config import PlacementConfig, RuntimeConfig
-from moe_runtime.dispatch.factory import obstacle
+from moe_runtime.dispatch.factory import SPLITTING, obstacle
 from moe_runtime.engine.request import SamplingParams
 from moe_runtime.errors import ConfigError, RequestError
 from moe_runtime.launch.graphs import graphs_mode
 from moe_runtime.launch.placing import num_local_slots
-from moe_runtime.launch.shuffle import dispatch_names, dispatch_spec, whole_spec
+from moe_runtime.launch.shuffle import dispatch_names, dispatch_spec, splits_combine, whole_spec
 from moe_runtime.launch.sizing import (
     cache_size,
     compute_dtype,
@@ -47,6 +47,7 @@ def conflicts(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -
         slots = num_local_slots(replace(config, placement=PlacementConfig()), model)  # to look for further problems
     yield from _dispatch(config, model, slots, has_weights=has_weights)
     yield from _invariance(config)
+    yield from _parts(config, slots)
     yield from _memory(config, model, slots, has_weights=has_weights)
     yield from _graphs(config, model)
 
@@ -74,6 +75,23 @@ def _invariance(config: RuntimeConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             f"decode_dispatch={names[1]} with dispatch={names[0]}: they round in their own ways, and under "
             "engine.batch_invariant a token's bits must not tell its step's mates. Leave decode_dispatch out."
+        )
+
+
+def _parts(config: RuntimeConfig, slots: int) -> Iterator[ConfigError]:
+    if not splits_combine(config):
+        return
+    name, asked = dispatch_names(config)[0], "engine.single_batch_overlap=on"
+    if name not in SPLITTING:
+        yield ConfigError(
+            f"{asked}: dispatch={name} {'sends nothing' if name == 'local' else 'brings all outputs home at once'}. "
+            f"Set dispatch={' or '.join(SPLITTING)}, or engine.single_batch_overlap=auto."
+        )
+    if slots < 2:
+        remedy = f"Lower ep to {config.ep // 2} or less" if config.ep > 1 else "Add placement.num_redundant_experts"
+        yield ConfigError(
+            f"{asked}: with ep={config.ep} a rank has one expert slot, and two parts need two. {remedy}, or set "
+            "engine.single_batch_overlap=auto."
         )
 
 

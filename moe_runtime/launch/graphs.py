@@ -26,6 +26,7 @@ from moe_runtime.launch.shuffle import (
     dispatch_spec,
     overlaps,
     overlaps_decode,
+    splits_combine,
     whole_spec,
 )
 from moe_runtime.launch.sizing import (
@@ -91,6 +92,7 @@ def lockstep_limits(
         max_decode_tokens=spec.max_decode_tokens,
         two_batch_tokens=config.engine.two_batch_tokens if overlaps(config) else None,
         two_batch_decode_tokens=config.engine.two_batch_decode_tokens if overlaps_decode(config) else None,
+        split_combine=splits_combine(config),
     )
 
 

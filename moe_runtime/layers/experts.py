@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_kernels.experts import ExpertWeights, expert_mlp_padded, expert_mlp_ragged
 from moe_kernels.grouped_gemm.layout import every_row
@@ -52,6 +52,10 @@ class Experts:
                     batch_invariant=invariant,
                 )
         return y if isinstance(x, BlockScaled) else y.to(rows.data.dtype)
+
+    def slots(self, start: int, stop: int) -> Experts:
+        """Slots `start <= e < stop` alone, for use at once (see ExpertWeights.slots)."""
+        return replace(self, weights=self.weights.slots(start, stop))
 
     def _operand(self, rows: Rows) -> Tensor | BlockScaled:
         if rows.scales is not None:

@@ -11,12 +11,12 @@ from moe_kernels import backends
 from torch import Tensor
 
 from moe_runtime.balance.load import LoadRecorder
-from moe_runtime.dispatch.base import Dispatcher, DispatchStep, Phase
+from moe_runtime.dispatch.base import Dispatcher, DispatchStep, Phase, Rows, first_slots, splitting
 from moe_runtime.dispatch.overlap import Stage, Stages, run_through
 from moe_runtime.layers.experts import MLP, Experts
 from moe_runtime.layers.router import Router
 from moe_runtime.parallel.replicas import ReplicaSelector
-from moe_runtime.types import PhysicalRouting
+from moe_runtime.types import Pending, PhysicalRouting
 
 H = TypeVar("H")
 
@@ -27,6 +27,8 @@ class MoEStep:
 
     `num_real` is this rank's own: its first rows are tokens, the others padding. A one-element integer tensor on the
     device stands for a number that changes while shapes stay (captured graphs).
+
+    `split_combine`: the outputs of a rank's first slots start home before those of its others are computed.
     """
 
     num_real: int | Tensor
@@ -35,13 +37,14 @@ class MoEStep:
     num_chunks: int
     phase: Phase
     micro_batch: int = 0
+    split_combine: bool = False
 
     def chunks(self) -> Iterator[tuple[slice, DispatchStep]]:
         """Rows of each chunk and its dispatch."""
         for i in range(self.num_chunks):
             start = i * self.chunk_tokens
             rows = max(0, min(self.chunk_tokens, self.capacity - start))
-            yield slice(start, start + rows), DispatchStep(rows, self.phase, self.micro_batch)
+            yield slice(start, start + rows), DispatchStep(rows, self.phase, self.micro_batch, self.split_combine)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,11 +91,22 @@ class MoELayer(Generic[H]):
             received, handle = arriving.wait()
             if self.recorder is not None:
                 self.recorder.record_received(self.index, received)
-            returning = self.dispatcher.combine_begin(self.experts(received), handle)
+            if chunk.split_combine:
+                returning = self._in_parts(received, handle)
+            else:
+                returning = self.dispatcher.combine_begin(self.experts(received), handle)
             yield Stage.COMBINE
             outputs.append(returning.wait())
         routed = outputs[0] if step.num_chunks == 1 else torch.cat(outputs)
         return routed if shared is None else routed + shared
+
+    def _in_parts(self, received: Rows, handle: H) -> Pending[Tensor]:
+        """Experts and combine: the first slots' outputs travel beside the products of the others."""
+        dispatcher, num_slots = splitting(self.dispatcher), self.experts.weights.num_slots
+        cut = first_slots(num_slots)
+        (first, ours), (rest, theirs) = dispatcher.split(received, handle)
+        on_way = dispatcher.combine_first_begin(self.experts.slots(0, cut)(first), ours)
+        return dispatcher.combine_rest_begin(self.experts.slots(cut, num_slots)(rest), theirs, on_way)
 
     def _route(self, x: Tensor, num_real: int | Tensor) -> PhysicalRouting:
         if self._one_launch or isinstance(num_real, Tensor):

@@ -123,4 +123,6 @@ def test_whether_is_told() -> None:
     assert overlap_line(replace(over_nccl, ranks_per_node=8)).endswith("in decode never (one node)")
     assert not overlaps(replace(over_nccl, launcher="virtual"))
     on = compose(["ep=8", *ON]).config
-    assert overlaps(on) and overlap_line(on) == "two batches from 2 rows of a DP group with prompts on, in decode 2 rows"
+    assert (
+        overlaps(on) and overlap_line(on) == "two batches from 2 rows of a DP group with prompts on, in decode 2 rows"
+    )

@@ -38,6 +38,7 @@ CHANGES: Final = MappingProxyType(
 
 
 TWO_BATCHES: Final = ("engine.two_batch_overlap=on", "engine.two_batch_tokens=2", "engine.two_batch_decode_tokens=2")
+SINGLE_BATCH: Final = "engine.single_batch_overlap=on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,9 @@ DIMENSIONS: Final = MappingProxyType(
         "dispatch-chunks": ["ep=4", "engine.dispatch_buffer_bytes=24KiB"],
         "two-batches": ["ep=4", *TWO_BATCHES],
         "two-batches-in-chunks": ["ep=4", "engine.max_num_batched_tokens=7", "engine.max_num_seqs=6", *TWO_BATCHES],
+        "single-batch": ["ep=4", SINGLE_BATCH],
+        "single-batch-in-chunks": ["ep=8", "engine.dispatch_buffer_bytes=24KiB", SINGLE_BATCH],
+        "single-batch-redundant": ["ep=4", "placement.num_redundant_experts=7", SINGLE_BATCH],
         "page-size": ["engine.page_size=5"],
         "redundant-static": ["ep=4", "placement.num_redundant_experts=7"],
         "redundant-turns": ["ep=4", "placement.num_redundant_experts=7", "placement.replica_choice=round_robin"],

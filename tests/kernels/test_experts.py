@@ -207,6 +207,11 @@ def test_slots_are_written_and_read(hidden: int, width: int, dtype: torch.dtype)
     x, psum = torch.randn(6, hidden).to(dtype), torch.tensor([2, 2, 6], dtype=torch.int32)
     want = expert_mlp_ragged(x, prepare_experts(w13, w2), psum=psum)
     assert torch.equal(expert_mlp_ragged(x, held, psum=psum), want)
+    last = held.slots(1, 3)
+    assert (last.num_slots, last.hidden, last.num_bytes) == (2, hidden, held.num_bytes * 2 // 3)
+    for ours, whole in zip(last.read_slot(1), held.read_slot(2), strict=True):
+        assert isinstance(ours, Tensor) and isinstance(whole, Tensor) and torch.equal(ours, whole)
+    torch.testing.assert_close(expert_mlp_ragged(x[2:], last, psum=psum[1:] - 2), want[2:])
 
 
 def test_errors() -> None:

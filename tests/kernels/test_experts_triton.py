@@ -285,6 +285,38 @@ def test_scaled_slots_are_written_in_place_and_read() -> None:
     assert prepare_experts(*scaled(source)).w13 is source.w13
 
 
+def tensors_of(held: ExpertWeights) -> list[Tensor]:
+    if isinstance(held.w13, Tensor) and isinstance(held.w2, Tensor):
+        return [held.w13, held.w2]
+    return [t for w in scaled(held) for t in (w.data, w.scale)]
+
+
+@pytest.mark.parametrize("kind", ["float16", "fp8", "fp8 in torch"])
+def test_some_slots_are_views_and_compute_the_same(kind: str) -> None:
+    """A part's slots need no copy, whatever their number is: they start where loads may start."""
+    if kind == "float16":
+        held = ExpertWeights(*weights(5, 32, 24, torch.float16))
+    else:
+        held, _, _ = scaled_weights(5, 144, 48)
+    storages = [t.untyped_storage().data_ptr() for t in tensors_of(held)]
+    counts = torch.tensor([3, 0, 2, 4, 1])
+    psum = counts.cumsum(0).to(torch.int32).to(DEVICE)
+    x = torch.randn(10, held.hidden, device=DEVICE).to(torch.float16)
+    backend = "torch" if kind.endswith("torch") else "triton"
+    whole = expert_mlp_ragged(x, held, psum=psum, backend=backend, batch_invariant=True)
+    for cut in (1, 3, 4):
+        begin = int(counts[:cut].sum())
+        parts = []
+        for first, last, rows in ((0, cut, slice(0, begin)), (cut, 5, slice(begin, 10))):
+            part = held.slots(first, last)
+            assert [t.untyped_storage().data_ptr() for t in tensors_of(part)] == storages
+            ends = psum[first:last] - rows.start
+            parts.append(expert_mlp_ragged(x[rows], part, psum=ends, backend=backend, batch_invariant=True))
+        assert torch.equal(torch.cat(parts), whole), cut
+        wrong = expert_mlp_ragged(x[begin:], held.slots(0, 5 - cut), psum=psum[cut:] - begin, backend=backend)
+        assert not torch.equal(wrong, whole[begin:]), "the first slots instead of the last"
+
+
 def test_errors() -> None:
     psum = torch.tensor([3, 6], dtype=torch.int32, device=DEVICE)
     w13, w2 = weights(2, 24, 12, torch.float16)

@@ -146,6 +146,9 @@ def test_unpermute_bits_are_those_of_the_torch_form() -> None:
             assert torch.equal(got, exact.to(dtype))
             wide = unpermute(y, rows, weights, out_dtype=torch.float32, backend="triton")
             assert torch.equal(wide, exact), "not rounded in between"
+            for cut in (0, 1, 37, 50):
+                ours = unpermute(y[:cut].clone(), rows, weights, rest=y[cut:].clone(), backend="triton")
+                assert torch.equal(ours, got), "rows in two places"
             rows[0, 0] = -1 if rows[0, 0] >= 0 else 3
             with pytest.raises(AssertionError):  # a mutant: a dropped row
                 assert torch.equal(got, unpermute(y, rows, weights, backend="triton"))
@@ -188,3 +191,5 @@ def test_errors() -> None:
         permute(x, slots, 1, quantize=True, scale_layout="column", backend="triton")
     with pytest.raises(KernelError, match="row_of is torch.int32"):
         unpermute(x, slots.int(), torch.ones(3, 1, device=DEVICE), backend="triton")
+    with pytest.raises(KernelError, match=r"rest torch.float16 of \(\d+, 1\); make them agree"):
+        unpermute(x, slots, torch.ones(3, 1, device=DEVICE), rest=x.half(), backend="triton")

@@ -101,6 +101,7 @@ class Variant:
     choice: ReplicaChoice = ReplicaChoice.STATIC
     max_chunk_tokens: int = 100
     batch_invariant: bool = False
+    split_combine: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def run(weights: Weights, inputs: list[Tensor], variant: Variant, *, num_real: S
         def program(rank: int) -> Tensor:
             chunk_tokens = min(capacity, variant.max_chunk_tokens)
             num_chunks = -(-capacity // chunk_tokens)
-            step = MoEStep(num_real[rank], capacity, chunk_tokens, num_chunks, Phase.MIXED)
+            split = variant.split_combine
+            step = MoEStep(num_real[rank], capacity, chunk_tokens, num_chunks, Phase.MIXED, split_combine=split)
             return layer_of(groups[rank].ep)(inputs[rank], step)
 
         outputs = cluster.run(program)
@@ -170,6 +172,8 @@ VARIANTS = [
     Variant(ep=4, dispatch="all_gather", layout=Layout.PADDED),
     Variant(ep=2, dispatch="all_to_all", max_chunk_tokens=2),
     Variant(ep=32, dispatch="all_to_all"),
+    Variant(ep=4, dispatch="all_to_all", split_combine=True),
+    Variant(ep=2, dispatch="all_to_all", layout=Layout.PADDED, redundant=2, max_chunk_tokens=3, split_combine=True),
 ]
 
 

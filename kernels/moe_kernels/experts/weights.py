@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_kernels.errors import KernelError
 from moe_kernels.grouped_gemm.eager import GATHER_MAX_BYTES
-from moe_kernels.grouped_gemm.weights import PackedSlots, SlotWeights, num_bytes
+from moe_kernels.grouped_gemm.weights import PackedSlots, SlotWeights, num_bytes, some_slots
 from moe_kernels.linear.packed import PackedWeight, pack, worth_packing
 from moe_kernels.scaled import BlockScaled, num_blocks
 
@@ -48,6 +48,11 @@ class ExpertWeights:
     def num_bytes(self) -> int:
         """Memory that the weights hold."""
         return num_bytes(self.w13) + num_bytes(self.w2)
+
+    def slots(self, start: int, stop: int) -> ExpertWeights:
+        """Slots `start <= e < stop`, at least one, without a copy. For use at once: a packed slot that is written later
+        stays here as it was."""
+        return ExpertWeights(some_slots(self.w13, start, stop), some_slots(self.w2, start, stop))
 
     def write_slot_(self, slot: int, *, w13: OneSlot, w2: OneSlot) -> None:
         """Replace one slot's weights, in place: `w13 [2I, H]`, `w2 [H, I]`, in the form that the slots have.

@@ -164,7 +164,8 @@ def separate_swiglu(*, rows_per_slot: int, total_rows: int, slots: int, width: i
 
     Fused tiles are 128 columns wide (a scale's group), so 16 for a slot of DeepSeek-V3; plain ones may be 64 of twice
     as many columns. That pays where one or two slots have few rows. `total_rows`: the room that SwiGLU's programs are
-    launched for, of which those past the last slot's end do nothing. `width`: columns of its output. Not for the invariant mode, whose epilogue is always the fused one.
+    launched for, of which those past the last slot's end do nothing. `width`: columns of its output. Not for the
+    invariant mode, whose epilogue is always the fused one.
     """
     if width % 128:
         return False  # gate and up would share a block of scales

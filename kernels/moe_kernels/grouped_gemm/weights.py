@@ -43,6 +43,17 @@ def num_bytes(w: SlotWeights) -> int:
     return w.nbytes if isinstance(w, Tensor) else w.num_bytes
 
 
+def some_slots(w: SlotWeights, start: int, stop: int) -> SlotWeights:
+    """Slots `start <= e < stop`, at least one, without a copy; packed ones as they are now, others as they will be."""
+    match w:
+        case PackedSlots():
+            return PackedSlots(w.parts[start:stop])
+        case BlockScaled():
+            return BlockScaled(w.data[start:stop], w.scale[start:stop])
+        case _:
+            return w[start:stop]
+
+
 def plain_slot(w: BlockScaled, slot: int, dtype: torch.dtype, *, halves: bool) -> Tensor:
     """One slot's weight `[N, K]` in `dtype`. `halves`: the upper and lower N/2 rows have blocks of their own (w13)."""
     data, scale = w.data[slot], w.scale[slot]

@@ -76,6 +76,7 @@ def unpermute(
     row_of: Tensor,
     weights: Tensor,
     *,
+    rest: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -83,7 +84,8 @@ def unpermute(
 
     Sums `weight * row` in top-k order with an fp32 accumulator; absent assignments contribute nothing, whatever their
     weight and whatever the rows hold. A token's bits depend on its own rows and weights alone. Product and sum are
-    rounded one by one (torch's CPU bags fuse them, which differs in the last bit). `backend`: see `choose_backend`.
+    rounded one by one (torch's CPU bags fuse them, which differs in the last bit). `rest [R', H]`: rows R to R + R',
+    which lie elsewhere (on Triton they are read there). `backend`: see `choose_backend`.
     Raises KernelError where shapes differ.
     """
     if row_of.shape != weights.shape:
@@ -91,7 +93,8 @@ def unpermute(
             f"unpermute got row_of {tuple(row_of.shape)} and weights {tuple(weights.shape)}; make them agree"
         )
     if choose_backend(y, backend, op="unpermute") == "torch":
+        y = y if rest is None else torch.cat((y, rest))
         return eager.unpermute(y, row_of, weights, out_dtype or y.dtype)
     from moe_kernels.permute import triton_combine as kernels
 
-    return kernels.unpermute(y, row_of, weights, out_dtype or y.dtype)
+    return kernels.unpermute(y, row_of, weights, out_dtype or y.dtype, rest)
