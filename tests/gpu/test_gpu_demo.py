@@ -72,8 +72,8 @@ def test_a_latent_cache_in_fp8_stays_near_the_cpu(words: tuple[str, ...], oracle
 
 @pytest.mark.parametrize(
     ("words", "rows"),
-    [(LAYOUTS[0], 8), (LAYOUTS[1], 1), ((*LAYOUTS[0], IN_FP8), 8)],
-    ids=["ep=1", "ep=8", "ep=1 fp8 cache"],
+    [(LAYOUTS[0], 8), (LAYOUTS[1], 1), (LAYOUTS[2], 1), ((*LAYOUTS[0], IN_FP8), 8)],
+    ids=["ep=1", "ep=8 all_gather", "ep=8 all_to_all", "ep=1 fp8 cache"],
 )
 def test_graphs_change_no_bit(words: tuple[str, ...], rows: int) -> None:
     """Eight requests from first to last: every decode step fills a captured size, so that both runs have one shape."""
@@ -83,6 +83,12 @@ def test_graphs_change_no_bit(words: tuple[str, ...], rows: int) -> None:
     assert (eager.captures, eager.replays) == (0, 0)
     assert captured.captures == 1 and captured.replays >= NEW_TOKENS - 2
     assert_same_bits(captured, eager)
+
+
+@pytest.mark.parametrize("words", LAYOUTS[1:3], ids=" ".join)
+def test_two_micro_batches_stay_near_the_cpu(words: tuple[str, ...], oracle: Run) -> None:
+    cut = ("engine.two_batch_overlap=on", "engine.two_batch_tokens=2", "engine.two_batch_decode_tokens=2")
+    assert_follows(on_gpu("dtype=float32", *cut, *words), oracle, FP32)
 
 
 def test_padded_graphs_stay_near(oracle: Run) -> None:

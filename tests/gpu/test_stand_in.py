@@ -69,8 +69,7 @@ def test_the_words_of_the_gpu_tests_are_known(words: tuple[str, ...], monkeypatc
     from moe_runtime.launch.compose import compose
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    captured = "dispatch=all_to_all" not in words
-    graphs = ("engine.cuda_graphs=on", "engine.cuda_graph_sizes=[4]") if captured else ()
+    graphs = ("engine.cuda_graphs=on", "engine.cuda_graph_sizes=[4]")
     made = compose([f"model={demo.DEMO}", *demo.ON_GPU[:1], demo.IN_FP8, *demo.FIXED, *graphs, *words])
     assert made.config.device == "cuda" and made.config.launcher == "virtual"
 
