@@ -53,7 +53,8 @@ def install_symm_mem(monkeypatch: pytest.MonkeyPatch) -> None:
         return SymmMemDispatcher(ep, spec, library=library, group=group, device=torch.device(device))
 
     monkeypatch.setattr(fabric, "no_gpu_per_rank", lambda device, *, virtual: None)
-    monkeypatch.setattr(symm_mem, "find", lambda: symm_mem.Library(None, "double"))
+    unused: Any = None  # `make` takes a library per rank
+    monkeypatch.setattr(symm_mem, "find", lambda: symm_mem.Library(unused, "double"))
     monkeypatch.setattr(symm_mem, "make", make)
 
 
