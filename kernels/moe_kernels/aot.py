@@ -53,6 +53,8 @@ class AotCase:
     max_registers: int = 255
     max_spill_bytes: int = 0
     max_shared_bytes: int = MAX_SHARED_BYTES
+    max_narrow: int | None = None
+    """Loads and stores of global memory by 1 or 2 bytes; None: any number."""
     linked: Mapping[str, str] = field(default_factory=dict)
     """Device libraries to link with: name -> path of the bitcode."""
     asserts: bool = False
@@ -71,6 +73,8 @@ class Resources:
     cubin_bytes: int
     wgmma: bool
     tma: bool
+    narrow: int = 0
+    """Loads and stores of global memory by 1 or 2 bytes, in the kernel's text."""
 
     def excess(self, case: AotCase) -> str | None:
         """What exceeds the case's limits, or None."""
@@ -79,6 +83,8 @@ class Resources:
             ("spilled bytes", self.spill_bytes, case.max_spill_bytes),
             ("shared bytes", self.shared_bytes, case.max_shared_bytes),
         ]
+        if case.max_narrow is not None:
+            pairs.append(("loads and stores by 1 or 2 bytes", self.narrow, case.max_narrow))
         found = [f"{seen} {what}, at most {limit}" for what, seen, limit in pairs if seen > limit]
         return f"{case.op} {case.name}: {'; '.join(found)}" if found else None
 
@@ -124,6 +130,7 @@ def compile_case(case: AotCase) -> Resources:
         len(cubin),
         wgmma="wgmma.mma_async" in ptx,
         tma="cp.async.bulk.tensor" in ptx,
+        narrow=len(re.findall(r"\b(?:ld|st)\.global(?:\.\w+)*\.b(?:8|16)\b", ptx)),
     )
 
 

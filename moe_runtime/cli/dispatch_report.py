@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moe_runtime.cli.console import Console, count
-from moe_runtime.dispatch.factory import buffer_bytes
+from moe_runtime.dispatch.factory import FABRICS, buffer_bytes
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.compose import Composed
 from moe_runtime.launch.graphs import graphs_mode
@@ -29,9 +29,12 @@ def show_dispatch(console: Console, composed: Composed, placement: ExpertPlaceme
         spec = dispatch_spec(config, model, num_slots=placement.num_local)
     except ConfigError:
         spec = replace(whole, max_tokens=1, max_decode_tokens=1)  # among the problems
-    rows = [("backend", f"{config.dispatch}, top-{whole.top_k}, rows of {format_bytes(whole.row_bytes)}")]
+    fp8 = ", in fp8 on their way out" if whole.rows.quantize and config.dispatch in FABRICS else ""
+    rows = [("backend", f"{config.dispatch}, top-{whole.top_k}, rows of {format_bytes(whole.row_bytes)}{fp8}")]
     if len(names) > 1:
         rows.append(("", f"{names[1]} for steps without prompt tokens"))
+    if not composed.has_weights and set(names) & set(FABRICS):
+        rows.append(("", "by its limits alone: a shape without weights asks nothing of this machine"))
     rows.append(("auto", choice.reason))
     rows += [("", f"not {name}: {why}") for name, why in choice.others]
     for phase, name, tokens, chunk in (
@@ -40,8 +43,9 @@ def show_dispatch(console: Console, composed: Composed, placement: ExpertPlaceme
     ):
         at_once = min(tokens, chunk)
         held = format_bytes(buffer_bytes(name, replace(spec, max_tokens=at_once, max_decode_tokens=at_once)))
-        turns = count(-(-tokens // chunk), "chunk")
-        rows.append((phase, f"{tokens} tokens per rank in {turns} of {at_once}, {held} at worst"))
+        turns = -(-tokens // chunk)
+        even = -(-tokens // turns)  # as the lockstep cuts them
+        rows.append((phase, f"{tokens} tokens per rank in {count(turns, 'chunk')} of {even}, {held} at worst"))
     rows += [("overlap", overlap_line(config)), ("", split_line(config))]
     rows.append(("graphs", _graphs(composed)))
     console.pairs("dispatch", rows)
@@ -51,6 +55,6 @@ def _graphs(composed: Composed) -> str:
     try:
         found = graphs_mode(composed.config, composed.model)
     except ConfigError:
-        return "asked for, impossible: see below"
+        return "unknown before the problems below are solved"
     sizes = f": {', '.join(map(str, found.sizes))}" if found.sizes else ""
     return f"{found.mode}: {found.reason}{sizes}"

@@ -11,9 +11,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 
 from moe_runtime.comm.whereabouts import Whereabouts
@@ -23,6 +25,16 @@ class Completable(Protocol):
     """Something under way on the device, such as a `dist.Work`."""
 
     def is_completed(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Reached:
+    """The device's way through a stream, as something that completes."""
+
+    event: torch.cuda.Event
+
+    def is_completed(self) -> bool:
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +57,41 @@ class Overdue:
         self._thread = threading.Thread(target=self._watch, name="overdue", daemon=True)
         self._thread.start()
 
+    def reach(self, label: str, ranks: Sequence[int]) -> None:
+        """Watch that the device comes to where the current stream is now; nothing in a capture, which runs nothing.
+
+        For an operation, once the stream waits for it. Its `dist.Work` would do as well, but holds its outputs: their
+        memory would stay until the clock looks again.
+        """
+        if not torch.cuda.is_current_stream_capturing():
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self.add(label, ranks, _Reached(event))
+
     def add(self, label: str, ranks: Sequence[int], work: Completable) -> None:
         self._running.append(_Running(label, tuple(ranks), work, time.monotonic()))
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._deadline_s / 10)):
-            while self._running and self._running[0].work.is_completed():
-                self._running.popleft()
+            try:
+                while self._running and self._running[0].work.is_completed():
+                    self._running.popleft()
+            except RuntimeError as error:  # the device has failed, and says so of everything from now on
+                self._fail(self._running[0], error)
+                return
             if not self._running:
                 continue
             oldest = self._running[0]
             waited = time.monotonic() - oldest.began
             if waited > self._deadline_s:
-                cause = TimeoutError(f"not complete on the device after {waited:.1f} s")
-                self._whereabouts.report(oldest.label, oldest.ranks, cause)
-                for group in self.groups:
-                    group.abort()
+                self._fail(oldest, TimeoutError(f"not complete on the device after {waited:.1f} s"))
                 return
+
+    def _fail(self, oldest: _Running, cause: Exception) -> None:
+        self._whereabouts.report(oldest.label, oldest.ranks, cause)
+        for group in self.groups:
+            with suppress(RuntimeError):  # the others must hear of it whatever this one says
+                group.abort()
 
     def close(self) -> None:
         self._closed.set()

@@ -7,6 +7,7 @@ Nothing here reads the environment; a launcher passes in what torchrun or Slurm 
 from __future__ import annotations
 
 import socket
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
@@ -91,7 +92,9 @@ class Process:
                 self.overdue.close()
             for link in self.links:
                 link.release()
-            dist.destroy_process_group()
+            # On a device that has failed this fails too, and would stand in the place of `error`.
+            with nullcontext() if error is None else suppress(RuntimeError):
+                dist.destroy_process_group()
 
 
 def init_process(

@@ -7,10 +7,7 @@ virtual ranks meet for it, a process of one rank need not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
-
-import torch
 
 from moe_runtime.comm.collectives import ONCE
 from moe_runtime.comm.process import Process
@@ -62,19 +59,7 @@ class ProcessTogether:
         if whereabouts.fault is not None:
             raise whereabouts.fault
         act()
-        if overdue is not None and not torch.cuda.is_current_stream_capturing():
-            reached = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            reached.record()
-            overdue.add(what, tuple(range(self._process.world)), _Reached(reached))
+        if overdue is not None:
+            overdue.reach(what, tuple(range(self._process.world)))
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Reached:
-    """The device's way through a stream, as something that completes."""
-
-    event: torch.cuda.Event
-
-    def is_completed(self) -> bool:
-        return bool(self.event.query())  # type: ignore[no-untyped-call]

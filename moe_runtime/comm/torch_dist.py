@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -40,6 +39,7 @@ class Begun(Generic[T]):
 
     def wait(self) -> T:
         self.owner.guarded(self.label, self.work.wait)
+        self.owner.watch(self.label)
         return self.finish()
 
 
@@ -67,7 +67,7 @@ class TorchCommunicator:
         self._verify = verify
         self._count = 0
         self._messages: dict[tuple[str, int], int] = {}
-        self._sent: deque[Pending[Tensor]] = deque()
+        self._sent: deque[Begun[Tensor]] = deque()
         self._closed = False
 
     @property
@@ -129,11 +129,13 @@ class TorchCommunicator:
             send, recv = (np.array(self._lines.control.exchange(checks.pack_ints(row))) for row in counts)
             checks.check_meeting_counts(send, recv, self.ranks)
 
-    def _start(self, label: str, start: Callable[[], Started]) -> Pending[Tensor]:
-        work, finish = self.guarded(label, start)
-        if self._process.overdue is not None and not torch.cuda.is_current_stream_capturing():
-            self._process.overdue.add(label, self.ranks, work)  # a captured operation is not under way
-        return Begun(self, label, work, finish)
+    def watch(self, label: str) -> None:
+        """On a GPU, where `wait` does not wait: that the stream comes past it in time."""
+        if self._process.overdue is not None:
+            self._process.overdue.reach(label, self.ranks)
+
+    def _start(self, label: str, start: Callable[[], Started]) -> Begun[Tensor]:
+        return Begun(self, label, *self.guarded(label, start))
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self.all_reduce_begin(x).wait()
@@ -182,7 +184,10 @@ class TorchCommunicator:
         checks.check_member(dst, self.size, "dst")
         label = self._message("send", dst)
         self._reap()
-        self._sent.append(self._start(label, lambda: self._lines.device.send(x, dst)))
+        sent = self._start(label, lambda: self._lines.device.send(x, dst))
+        if self._process.overdue is not None:
+            self._process.overdue.add(label, self.ranks, sent.work)  # nobody waits for it
+        self._sent.append(sent)
 
     def recv(self, like: Tensor, src: int) -> Tensor:
         checks.check_member(src, self.size, "src")
@@ -197,7 +202,7 @@ class TorchCommunicator:
 
     def _reap(self) -> None:
         """Let go of messages that have left."""
-        while self._sent and isinstance(first := self._sent[0], Begun) and first.work.is_completed():
+        while self._sent and self._sent[0].work.is_completed():
             self._sent.popleft().wait()
 
     def barrier(self) -> None:

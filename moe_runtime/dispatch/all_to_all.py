@@ -48,13 +48,15 @@ Handle = AllToAllHandle | EqualSplitHandle
 class AllToAllDispatcher:
     """`Dispatcher[Handle]` over any communicator; bitwise equal to `local`."""
 
-    def __init__(self, ep: Communicator, rows: RowLayout, *, device: torch.device | str = "cpu") -> None:
-        """`rows`: those of each rank."""
+    def __init__(
+        self, ep: Communicator, rows: RowLayout, *, device: torch.device | str = "cpu", equal_blocks: bool = True
+    ) -> None:
+        """`rows`: those of each rank. `equal_blocks`: in decode steps, where rows stay on the device."""
         self._ep = ep
         self._rows = rows
         self._bounds = torch.arange(ep.size * rows.num_slots + 1, device=device)
         self._even = [rows.num_slots] * ep.size
-        self._equal = EqualSplit(ep, rows) if rows.stays_on(self._bounds.device) else None
+        self._equal = EqualSplit(ep, rows) if equal_blocks and rows.stays_on(self._bounds.device) else None
 
     @property
     def capabilities(self) -> Capabilities:

@@ -60,7 +60,7 @@ class GroupedRows:
     Rows between the slots and past `psum[-1]` are no one's and may hold anything, NaN too: a backend may make room for
     more rows than it receives.
     `weights [R] fp32`, only where the backend wants them applied before combine. `expected_rows`: the mean per slot,
-    where R says little of it; it may choose tiles, never results.
+    where R says little of it; it may choose tiles, never results. `exact`: all R rows are the slots' own.
     """
 
     data: Tensor
@@ -69,6 +69,7 @@ class GroupedRows:
     scales: Tensor | None = None
     weights: Tensor | None = None
     expected_rows: int | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,10 @@ class Fabric(Protocol):
 def make_dispatcher(
     name: str, ep: Communicator, spec: DispatchSpec, *, device: torch.device | str = "cpu"
 ) -> Dispatcher[Any]:
-    """The dispatcher `name` of this rank, its buffers made for `spec`. ConfigError on an unknown name."""
+    """The dispatcher `name` of this rank, its buffers made for `spec`; collective.
+
+    ConfigError on an unknown name, and on all ranks where one lacks what a fabric needs.
+    """
     match name:
         case "local":
             from moe_runtime.dispatch.local import LocalDispatcher
@@ -59,17 +62,36 @@ def make_dispatcher(
         case "all_to_all":
             from moe_runtime.dispatch.all_to_all import AllToAllDispatcher
 
-            return AllToAllDispatcher(ep, spec.rows, device=device)
+            return AllToAllDispatcher(ep, spec.rows, device=device, equal_blocks=spec.equal_blocks)
         case "all_gather":
             from moe_runtime.dispatch.all_gather import AllGatherDispatcher
 
             return AllGatherDispatcher(ep, spec.rows, device=device)
-    return _fabric(name).make(ep, spec, device=device)
+    fabric = _fabric(name)
+    _agree(name, fabric, ep, spec)
+    return fabric.make(ep, spec, device=device)
+
+
+def _agree(name: str, fabric: Fabric, ep: Communicator, spec: DispatchSpec) -> None:
+    """Before any rank begins what only all of them can finish: all can, with the same library."""
+    missing = fabric.obstacle(spec, limits_only=False)
+    mine = f"-{missing}" if missing is not None else f"+{fabric.find()}"
+    told = [text.decode() for text in ep.collect(mine.encode())]
+    for rank, text in enumerate(told):
+        if text.startswith("-"):
+            raise ConfigError(f"dispatch={name}: rank {rank} of the ep group: {text[1:]}")
+        if text != told[0]:
+            raise ConfigError(
+                f"dispatch={name}: rank {rank} of the ep group has {text[1:]}, rank 0 has {told[0][1:]}. "
+                "Install the same on all machines, or set dispatch=all_to_all."
+            )
 
 
 def graph_safe(name: str, spec: DispatchSpec, *, device: torch.device) -> bool:
     """Whether decode steps can be captured as CUDA graphs: `Capabilities.graph_safe`, known without a dispatcher."""
-    return spec.rows.stays_on(device) if name in COLLECTIVES else _fabric(name).graph_safe(spec)
+    if name not in COLLECTIVES:
+        return _fabric(name).graph_safe(spec)
+    return spec.rows.stays_on(device) and (name != "all_to_all" or spec.equal_blocks)
 
 
 def sums_at_home(name: str, spec: DispatchSpec) -> bool:
@@ -120,9 +142,14 @@ def obstacle(
     return fabric.obstacle(spec, limits_only=limits_only)
 
 
+def find_library(name: str) -> object:
+    """The library of the fabric `name`, whose text names it with its version, or Missing. This imports it."""
+    return _fabric(name).find()
+
+
 def library_of(name: str) -> str | None:
     """The library that serves `name` here, with its version; None for those that need none or lack it."""
-    found = None if name in COLLECTIVES else _fabric(name).find()
+    found = None if name in COLLECTIVES else find_library(name)
     return None if found is None or isinstance(found, Missing) else str(found)
 
 

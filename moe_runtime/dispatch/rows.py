@@ -103,15 +103,16 @@ class RowLayout:
         """
         sources, slots = counts.shape
         if slots == 1 and self.dense:
-            return GroupedRows(wire, torch.full((1,), wire.shape[0], dtype=torch.int32, device=wire.device)), None
+            ends = torch.full((1,), wire.shape[0], dtype=torch.int32, device=wire.device)
+            return GroupedRows(wire, ends, exact=True), None
         per_slot = counts.sum(0)
         if self.dense:
             ends = per_slot.cumsum(0)
             if sources == 1:
-                return GroupedRows(wire, ends.to(torch.int32)), None
+                return GroupedRows(wire, ends.to(torch.int32), exact=True), None
             position = positions(counts, ends - per_slot, wire.shape[0])
             data = torch.empty_like(wire).index_copy_(0, position, wire)
-            return GroupedRows(data, ends.to(torch.int32)), position
+            return GroupedRows(data, ends.to(torch.int32), exact=True), position
         if self.layout is Layout.GROUPED:
             spans = (per_slot + (self.alignment - 1)) // self.alignment * self.alignment
             starts = spans.cumsum(0) - spans

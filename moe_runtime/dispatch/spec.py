@@ -35,6 +35,10 @@ class DispatchSpec:
     ranks_per_node: int = 8
     one_form: bool = False
     """Steps with prompt tokens and without go the same way, so that a token's bits do not tell its step's mates."""
+    equal_blocks: bool = True
+    """`all_to_all` takes equal blocks in decode steps whose rows stay on the device; else it goes by counts."""
+    deadline_s: float = 100.0
+    """Seconds after which a library with a clock of its own gives a wait for another rank up."""
 
     @property
     def row_bytes(self) -> int:

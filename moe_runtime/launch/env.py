@@ -1,4 +1,4 @@
-"""The only user of environment variables: what torchrun tells its processes, what gloo and a child Python read."""
+"""The only user of environment variables: what torchrun, gloo, DeepEP and a child Python read."""
 
 from __future__ import annotations
 
@@ -77,6 +77,15 @@ def gloo_on_loopback() -> Iterator[None]:
             os.environ[_GLOO_INTERFACE] = before
         elif loopback:
             del os.environ[_GLOO_INTERFACE]
+
+
+def deep_ep_holds_tensors() -> None:
+    """DeepEP's asynchronous calls hold their tensors until their event is let go of; what the user has set stays.
+
+    By itself it marks them as used by two streams instead, and within a captured graph memory so marked is not used
+    again: every layer's room for the worst case would add up.
+    """
+    os.environ.setdefault("EP_AVOID_RECORD_STREAM", "1")
 
 
 def _text(variables: Mapping[str, str], name: str) -> str:

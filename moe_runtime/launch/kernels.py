@@ -17,11 +17,12 @@ from moe_kernels.grouped_gemm.configs import Entry, columns, configure, separate
 from moe_models.base import ModelConfig
 
 from moe_runtime.config import RuntimeConfig
+from moe_runtime.dispatch.factory import sums_at_home
 from moe_runtime.launch.placing import num_dispatched_shared, num_local_slots
+from moe_runtime.launch.shuffle import dispatch_names, whole_spec
 from moe_runtime.launch.sizing import compute_dtype, expert_dtype, kept_weights, max_num_seqs, page_size
 
 FP8 = torch.float8_e4m3fn
-_SORTS_ON_DEVICE = ("local", "all_gather")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,7 @@ def _on_triton(config: RuntimeConfig, model: ModelConfig) -> Iterator[Served]:
     yield from _linear(config, model)
     yield _experts(config, model)
     yield Served("gate", "triton", "choice, slots and load counts in one launch")
-    if config.dispatch in _SORTS_ON_DEVICE:
-        yield Served("permute", "triton", "sorted on the device, in room for the worst case; summed in top-k order")
-    else:
-        yield Served("permute", "torch", f"dispatch={config.dispatch}, prompts: by counts that the host knows")
-        if config.dispatch == "all_to_all":
-            yield Served("permute, decode", "triton", "equal blocks, sorted on the device")
-        yield Served("unpermute", "triton", "summed in top-k order in fp32")
+    yield from _permute(config, model)
     size = page_size(config.engine, device=config.device)
     heads = f"{model.num_heads // config.tp} heads, pages of {size} rows"
     parts = "parts of a length that nothing else changes" if invariant else "cut to fill the device"
@@ -92,6 +87,33 @@ def _on_triton(config: RuntimeConfig, model: ModelConfig) -> Iterator[Served]:
     if (kept := kept_weights(config, model)).parts:
         powers = ", powers of two (scale_fmt=ue8m0)" if kept.ue8m0 else ""
         yield Served("quantise", "triton", f"rows before each fp8 product, a scale per 128 values{powers}")
+
+
+def _permute(config: RuntimeConfig, model: ModelConfig) -> Iterator[Served]:
+    """Who sorts rows by slot and sums outputs: of steps with prompts, then of those without where that is another."""
+    names = dispatch_names(config)
+    yield from (Served(*row) for row in _permuting(names[0], config, model))
+    if len(names) > 1 or (names == ("all_to_all",) and whole_spec(config, model).equal_blocks):
+        for op, backend, why in _permuting(names[-1], config, model, decode=True):
+            yield Served(f"{op}, decode", backend, why)
+
+
+def _permuting(
+    name: str, config: RuntimeConfig, model: ModelConfig, *, decode: bool = False
+) -> Iterator[tuple[str, str, str]]:
+    home = "summed in top-k order in fp32"
+    match name:
+        case "all_to_all" if decode and whole_spec(config, model).equal_blocks:
+            yield "permute", "triton", f"equal blocks, sorted on the device; {home}"
+        case "all_to_all":
+            yield "permute", "torch", "by counts that the host knows"
+            yield "unpermute", "triton", home
+        case "deep_ep":
+            yield "permute, unpermute", "deep_ep", "by its dispatch and combine; V1 with prompts: triton beside them"
+        case "nvshmem" if sums_at_home(name, whole_spec(config, model)):
+            yield "permute, unpermute", "triton", f"rows put into their destination's slots, pulled home, {home}"
+        case _:
+            yield "permute", "triton", "sorted on the device, in room for the worst case; summed in top-k order"
 
 
 def _linear(config: RuntimeConfig, model: ModelConfig) -> Iterator[Served]:
@@ -125,7 +147,9 @@ def _tiles(
     top_k = model.num_experts_per_tok + num_dispatched_shared(config, model)
     width, hidden, invariant = model.moe_intermediate_size, model.hidden_size, config.engine.batch_invariant
     rows = -(-tokens * top_k // slots)
-    worst = config.dispatch == "all_gather" or (config.dispatch == "all_to_all" and phase == "decode")
+    name = dispatch_names(config)[-1 if phase == "decode" else 0]
+    equal = name == "all_to_all" and phase == "decode" and whole_spec(config, model).equal_blocks
+    worst = name == "all_gather" or equal
     room = config.ep * tokens * min(top_k, slots) if worst else tokens * top_k
 
     def entry(n: int, k: int, *, swiglu: bool) -> Entry:

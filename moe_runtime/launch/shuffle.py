@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -21,6 +21,7 @@ from moe_runtime.dispatch.factory import (
     sums_at_home,
     with_tokens,
 )
+from moe_runtime.dispatch.missing import Missing
 from moe_runtime.dispatch.rows import RowLayout
 from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.engine.lockstep import default_graph_sizes
@@ -30,17 +31,23 @@ from moe_runtime.launch.sizing import compute_dtype, kept_weights, max_num_seqs
 
 CPU_BUFFER_BYTES = 256 * 2**20
 CUDA_BUFFER_BYTES = 4 * 2**30
+FIXED_BYTES = 16 * 2**20
+FIXED_BYTES_IN_A_NODE = 64 * 2**20
+"""Beyond these a decode step goes by counts, without a graph: 0.4 ms a layer at 40 GB/s of RDMA or 150 of NVLink, about
+what launching a layer's kernels one by one takes. By reasoning, not measured on hardware."""
 """What engine.dispatch_buffer_bytes=null allows: on a GPU, DeepSeek-V3's decode with 128 tokens on any fabric."""
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchChoice:
-    """What `dispatch=auto` takes, in one sentence; `others`: why each other backend is not it."""
+    """What `dispatch=auto` takes, in one sentence; `others`: why each other backend is not it; `unavailable`: those of
+    them that cannot serve, a sentence for each reason."""
 
     name: DispatchName
     decode: DispatchName | None
     reason: str
     others: tuple[tuple[str, str], ...]
+    unavailable: tuple[str, ...]
 
 
 def buffer_cap(config: RuntimeConfig) -> int:
@@ -55,7 +62,7 @@ def whole_spec(config: RuntimeConfig, model: ModelConfig, *, num_slots: int | No
     kept, engine = kept_weights(config, model), config.engine
     decode = max(engine.cuda_graph_sizes or default_graph_sizes(max_num_seqs(engine)), default=1)
     decode = max(decode, max_num_seqs(engine))
-    return DispatchSpec(
+    spec = DispatchSpec(
         ep=config.ep,
         rows=RowLayout(slots, quantize="experts" in kept.parts, ue8m0=kept.ue8m0),
         hidden=model.hidden_size,
@@ -66,7 +73,25 @@ def whole_spec(config: RuntimeConfig, model: ModelConfig, *, num_slots: int | No
         in_flight=2 if overlaps(config) else 1,
         ranks_per_node=config.ranks_per_node,
         one_form=config.engine.batch_invariant,
+        deadline_s=config.comm_timeout_s,
     )
+    return replace(spec, equal_blocks=engine.cuda_graphs == "on" or _equal_bytes(spec) <= _fixed_bytes(spec))
+
+
+def _fixed_bytes(spec: DispatchSpec) -> int:
+    """What fixed shapes may move in a layer of a decode step, both ways."""
+    return FIXED_BYTES_IN_A_NODE if spec.ep <= spec.ranks_per_node else FIXED_BYTES
+
+
+def _equal_bytes(spec: DispatchSpec) -> int:
+    """Of equal blocks: a token's J = min(K, E) rows to every rank and back."""
+    per_token = min(spec.top_k, spec.rows.num_slots)
+    return 2 * spec.ep * spec.max_decode_tokens * per_token * spec.row_bytes
+
+
+def _gathered_bytes(spec: DispatchSpec) -> int:
+    """Of all-gather: a row of each token there, one of fp32 sums back."""
+    return spec.ep * spec.max_decode_tokens * (spec.row_bytes + 4 * spec.hidden)
 
 
 def dispatch_spec(config: RuntimeConfig, model: ModelConfig, *, num_slots: int | None = None) -> DispatchSpec:
@@ -76,17 +101,24 @@ def dispatch_spec(config: RuntimeConfig, model: ModelConfig, *, num_slots: int |
     """
     whole, cap = whole_spec(config, model, num_slots=num_slots), buffer_cap(config)
     names = dispatch_names(config)
-    most = min(most_tokens(name, whole, cap_bytes=cap) for name in names)
-    if most < 1:
+    most = [
+        most_tokens(name, spec, cap_bytes=cap) for name, spec in zip(names, spec_of_each(names, whole), strict=True)
+    ]
+    if min(most) < 1:
         need = max(buffer_bytes(name, with_tokens(whole, 1)) for name in names)
         raise ConfigError(
-            f"engine.dispatch_buffer_bytes={cap}: a rank may need {need} bytes (dispatch={config.dispatch}) when each "
-            f"of ep={config.ep} ranks sends one token to top-{whole.top_k} experts. "
+            f"engine.dispatch_buffer_bytes={cap}: a rank may need {need} bytes (dispatch={' and '.join(names)}) when "
+            f"each of ep={config.ep} ranks sends one token to top-{whole.top_k} experts. "
             f"Nearest: engine.dispatch_buffer_bytes={need}."
         )
     limits = max_capacity(names[0], whole, Phase.MIXED), max_capacity(names[-1], whole, Phase.DECODE)
-    mixed, decode = (min(most, limit or most) for limit in limits)
+    mixed, decode = (min(fits, limit or fits) for fits, limit in zip((most[0], most[-1]), limits, strict=True))
     return replace(whole, max_tokens=mixed, max_decode_tokens=min(decode, whole.max_decode_tokens))
+
+
+def spec_of_each(names: Sequence[str], spec: DispatchSpec) -> tuple[DispatchSpec, ...]:
+    """For what each of the backends `names` of a run makes its buffers: a second one sees no steps with prompts."""
+    return (spec, with_tokens(spec, spec.max_decode_tokens))[: len(names)]
 
 
 def dispatch_names(config: RuntimeConfig) -> tuple[str, ...]:
@@ -97,40 +129,52 @@ def dispatch_names(config: RuntimeConfig) -> tuple[str, ...]:
 
 def with_dispatch(config: RuntimeConfig, model: ModelConfig) -> tuple[RuntimeConfig, tuple[str, ...]]:
     """`config` with what is auto decided, and the sentences that say why."""
-    if config.dispatch != "auto":
-        return replace(config, decode_dispatch=None), ()
     try:
         num_local_slots(config, model)
+        placed = config
     except ConfigError:  # a problem of the placement, told by itself
-        choice = choose_dispatch(replace(config, placement=PlacementConfig()), model)
-    else:
-        choice = choose_dispatch(config, model)
-    decode = choice.decode if config.decode_dispatch in (None, "auto") else config.decode_dispatch
-    return replace(config, dispatch=choice.name, decode_dispatch=decode), (choice.reason,)
+        placed = replace(config, placement=PlacementConfig())
+    if config.dispatch != "auto":  # so decode_dispatch is
+        decode = _decode(config, whole_spec(placed, model)) if config.dispatch == "all_to_all" else None
+        why = (f"decode_dispatch={decode or config.dispatch}: {'fewer bytes' if decode else 'as dispatch'}",)
+        return replace(config, decode_dispatch=decode), why
+    choice = choose_dispatch(placed, model)
+    by_hand = config.decode_dispatch not in (None, "auto")
+    decode = config.decode_dispatch if by_hand else choice.decode
+    reason = _reason(choice.name, None) if by_hand else choice.reason
+    return replace(config, dispatch=choice.name, decode_dispatch=decode), (reason, *choice.unavailable)
 
 
 def choose_dispatch(config: RuntimeConfig, model: ModelConfig) -> DispatchChoice:
     """What `dispatch=auto` means for this run on this machine."""
     spec = whole_spec(config, model)
-    against = dict(_against(config, spec))
+    missing = dict(_against(config, spec))
+    against = {name: str(why) for name, why in missing.items()}
     fitting = [name for name in _PREFERENCE if name not in against]
     name = fitting[0]
     decode = _decode(config, spec) if name == "all_to_all" else None
     others = tuple((other, against.get(other) or _second(other, name)) for other in BACKENDS if other != name)
-    return DispatchChoice(name, decode, _reason(name, decode), others)
+    return DispatchChoice(name, decode, _reason(name, decode), others, tuple(_unavailable(missing)))
 
 
 _PREFERENCE: Final[tuple[DispatchName, ...]] = ("local", "deep_ep", "nvshmem", "all_to_all", "all_gather")
 
 
-def _against(config: RuntimeConfig, spec: DispatchSpec) -> Iterator[tuple[str, str]]:
+def _against(config: RuntimeConfig, spec: DispatchSpec) -> Iterator[tuple[str, Missing]]:
     """Every backend that cannot serve this run, and why."""
     for name in BACKENDS:
         missing = obstacle(name, spec, device=torch.device(config.device), virtual=config.launcher == "virtual")
         if missing is not None:
-            yield name, str(missing)
+            yield name, missing
         elif config.engine.batch_invariant and not sums_at_home(name, spec):
-            yield name, "engine.batch_invariant wants sums at a token's home in top-k order"
+            wants = "engine.batch_invariant wants sums at a token's home in top-k order"
+            yield name, Missing(wants, "Set engine.batch_invariant=false")
+
+
+def _unavailable(missing: Mapping[str, Missing]) -> Iterator[str]:
+    """`not A, B: reason`: what stands against several is told once."""
+    for reason in dict.fromkeys(why.reason for why in missing.values()):
+        yield f"not {', '.join(name for name, why in missing.items() if why.reason == reason)}: {reason}"
 
 
 def _second(name: str, taken: str) -> str:
@@ -155,11 +199,10 @@ def _reason(name: str, decode: str | None) -> str:
 
 
 def _decode(config: RuntimeConfig, spec: DispatchSpec) -> DispatchName | None:
-    """all_gather where it moves fewer bytes than equal blocks: a token's J = min(K, E) rows there and back, against one
-    row there and one of fp32 sums back."""
+    """all_gather where it moves fewer bytes than equal blocks, and not too many for what a graph saves."""
     on_device = spec.rows.stays_on(torch.device(config.device))
-    per_token = min(spec.top_k, spec.rows.num_slots)
-    fewer = spec.row_bytes + 4 * spec.hidden < 2 * per_token * spec.row_bytes
+    worth = config.engine.cuda_graphs == "on" or _gathered_bytes(spec) <= _fixed_bytes(spec)
+    fewer = worth and _gathered_bytes(spec) < _equal_bytes(spec)
     return "all_gather" if on_device and fewer and not config.engine.batch_invariant else None
 
 
@@ -171,17 +214,18 @@ def overlaps(config: RuntimeConfig) -> bool:
 
 def overlaps_decode(config: RuntimeConfig) -> bool:
     """The same for steps without prompt tokens: within a node a step is too short for reading every weight twice."""
-    several_nodes = config.ep > config.ranks_per_node
-    return overlaps(config) and (several_nodes or config.engine.two_batch_overlap == "on")
+    return overlaps(config) and (config.engine.two_batch_overlap == "on" or _no_decode_overlap(config) is None)
 
 
 def overlap_line(config: RuntimeConfig) -> str:
     """One line: whether, from how many rows on, or why not."""
     if not overlaps(config):
         return f"off: {_no_overlap(config) or 'engine.two_batch_overlap=off'}"
-    engine = config.engine
-    decode = f"{engine.two_batch_decode_tokens} rows" if overlaps_decode(config) else "never (one node)"
-    return f"two batches from {engine.two_batch_tokens} rows of a DP group with prompts on, in decode {decode}"
+    mixed, decode = config.engine.two_batch_tokens, config.engine.two_batch_decode_tokens
+    least = 2 * config.tp  # a row for each rank in both
+    never = f"never ({_no_decode_overlap(config)})"
+    in_decode = f"{max(decode, least)} rows" if overlaps_decode(config) else never
+    return f"two batches from {max(mixed, least)} rows of a DP group with prompts on, in decode {in_decode}"
 
 
 def splits_combine(config: RuntimeConfig) -> bool:
@@ -204,4 +248,17 @@ def _no_overlap(config: RuntimeConfig) -> str | None:
         return "ep=1, nothing travels"
     if config.device != "cuda":
         return "on a CPU sending takes the cores that compute"
+    if config.dispatch in _ON_STREAM:
+        return f"dispatch={config.dispatch} moves rows on the stream that computes"
     return "the ranks of one process do not wait for a wire" if config.launcher == "virtual" else None
+
+
+def _no_decode_overlap(config: RuntimeConfig) -> str | None:
+    """The same of steps without prompt tokens alone."""
+    if (name := dispatch_names(config)[-1]) in _ON_STREAM:
+        return f"{name} moves rows on the stream that computes"
+    return "one node" if config.ep <= config.ranks_per_node else None
+
+
+_ON_STREAM: Final = ("nvshmem", "symm_mem")
+"""Backends whose rows travel in kernels and copies of the stream that computes: a second micro-batch waits for them."""

@@ -31,6 +31,7 @@ class Symmetric:
     alignment: int = 1
     in_flight: int = 1
     quantize: bool = False
+    ue8m0: bool = False
     without: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -39,7 +40,7 @@ class Symmetric:
     def spec(self, ep: int) -> DispatchSpec:
         return DispatchSpec(
             ep=ep,
-            rows=RowLayout(self.case.slots, self.layout, self.alignment, self.quantize),
+            rows=RowLayout(self.case.slots, self.layout, self.alignment, self.quantize, self.ue8m0),
             hidden=self.case.x[0].shape[1],
             dtype=self.case.x[0].dtype,
             top_k=self.case.routing[0].expert_ids.shape[1],

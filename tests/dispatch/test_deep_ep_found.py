@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -24,11 +26,14 @@ from moe_runtime.dispatch.deep_ep.elastic_sizes import (
     symmetric_bytes,
     unfit,
 )
+from moe_runtime.dispatch.factory import make_dispatcher
 from moe_runtime.dispatch.missing import Missing
 from moe_runtime.dispatch.rows import RowLayout
 from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.errors import ConfigError
+from moe_runtime.launch.env import deep_ep_holds_tensors
 from tests.doubles.deep_ep.elastic import Library
+from tests.doubles.fabric_group import FabricGroup
 
 MiB = 1 << 20
 
@@ -215,10 +220,10 @@ def test_many_nodes_send_directly() -> None:
     ("wanted", "reason", "remedy"),
     [
         (replace(spec(), dtype=torch.float32), "tokens are torch.float32", "Set dtype=bfloat16"),
-        (spec(top_k=33), "33 slots per token", "at most 32"),
-        (spec(ep=1025, slots=1), "1025 ranks", "at most 1024"),
-        (spec(slots=257), "257 slots per rank", "at most 256"),
-        (spec(ep=16, slots=129), "2064 slots in all", "at most 2048"),
+        (spec(top_k=33), "33 slots per token, and DeepEP V2 has room for at most 32", "Set shared_experts=replicated"),
+        (spec(ep=1025, slots=1), "1025 ranks", "Set ep=1024, or set dispatch=all_to_all"),
+        (spec(slots=257), "257 slots per rank", "Raise ep, or lower placement"),
+        (spec(ep=16, slots=129), "2064 slots in all", "Lower placement.num_redundant_experts"),
     ],
 )
 def test_what_does_not_fit(wanted: DispatchSpec, reason: str, remedy: str) -> None:
@@ -233,3 +238,63 @@ def test_what_fits() -> None:
     assert max_capacity(spec()) is None
     assert capacities(spec(tokens=100, max_decode_tokens=33)) == (128, 64)
     assert capacities(spec(tokens=1)) == (1, 1)
+
+
+def on_two_ranks(program: Any) -> list[Any]:
+    with VirtualCluster(2, num_threads=1) as cluster:
+        groups = virtual_groups(cluster, dp=2)
+        return cluster.run(lambda rank: program(groups[rank].ep))
+
+
+@pytest.mark.parametrize(
+    ("of_rank_1", "text"),
+    [
+        (
+            Missing("deep_ep is not installed", "Build it"),
+            r"rank 1 of the ep group: deep_ep is not installed. Build it\.",
+        ),
+        (
+            detect.Library(None, "1.2.1", (1,)),
+            r"rank 1 of the ep group has deep_ep 1\.2\.1 \(V1\), rank 0 has deep_ep 2",
+        ),
+    ],
+    ids=["missing", "another"],
+)
+def test_all_ranks_refuse_before_one_of_them_begins(monkeypatch: pytest.MonkeyPatch, of_rank_1: Any, text: str) -> None:
+    """Else the others would wait inside the library for a rank that has left."""
+    asking: list[int] = []
+    library = detect.Library(None, "2.1.0", (2,))
+    monkeypatch.setattr(deep_ep, "find", lambda: of_rank_1 if asking[-1] else library)
+    monkeypatch.setattr(deep_ep, "device_group", lambda ep, name: pytest.fail("begun"))
+
+    def program(ep: Any) -> str:
+        asking.append(ep.rank)  # ranks take turns only where they communicate
+        with pytest.raises(ConfigError) as caught:
+            make_dispatcher("deep_ep", ep, spec(ep=2))
+        return str(caught.value)
+
+    first, second = on_two_ranks(program)
+    assert first == second
+    assert re.search(text, first)
+
+
+def test_the_library_s_own_clocks_ring_with_the_run_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Library()
+    found = detect.Library(module, "2.1.0", (2,))
+    monkeypatch.setattr(deep_ep, "find", lambda: found)
+    monkeypatch.setattr(deep_ep, "device_group", lambda ep, name: FabricGroup(ep))
+
+    def program(ep: Any) -> tuple[int, int]:
+        dispatcher = make_dispatcher("deep_ep", ep, spec(ep=2, tokens=2, slots=2, top_k=2, deadline_s=7.5))
+        return dispatcher._buffer.timeouts  # type: ignore[attr-defined, no-any-return]
+
+    assert on_two_ranks(program) == [(8, 8), (8, 8)]
+
+
+def test_tensors_are_held_by_events_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EP_AVOID_RECORD_STREAM", raising=False)
+    deep_ep_holds_tensors()
+    assert os.environ["EP_AVOID_RECORD_STREAM"] == "1"
+    monkeypatch.setenv("EP_AVOID_RECORD_STREAM", "0")
+    deep_ep_holds_tensors()
+    assert os.environ["EP_AVOID_RECORD_STREAM"] == "0"

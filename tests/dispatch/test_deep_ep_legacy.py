@@ -160,6 +160,30 @@ def test_two_micro_batches_through_three_layers(size: int, phase: Phase) -> None
     on_ranks(size, program)
 
 
+def test_counters_are_cleaned_once_nothing_is_under_way() -> None:
+    """Between nodes; the other micro-batch's kernels use the same memory."""
+    case = bf16_case(16, MIXED)
+    fabric = Fabric(case=case)
+
+    def program(ep: Communicator) -> None:
+        dispatcher, x, routing = fabric.make(ep, case.slots), case.x[ep.rank], case.routing[ep.rank]
+        begun = [dispatcher.dispatch_begin(x, routing, DispatchStep(case.capacity, MIXED, i)) for i in range(2)]
+        arrived = [pending.wait() for pending in begun]
+        first = slot_of(case, ep.rank)
+        returning = [
+            dispatcher.combine_begin(contract.run_experts(rows, contract.marked, first_slot=first), handle)
+            for rows, handle in arrived
+        ]
+        dirty = []
+        for pending in returning:
+            pending.wait()
+            dirty.append(dispatcher._buffer.dirty)
+        assert dirty == [True, False]
+        dispatcher.close()
+
+    on_ranks(16, program)
+
+
 def slot_of(case: Case, rank: int) -> int:
     """First slot of a rank."""
     return rank * case.slots

@@ -89,7 +89,10 @@ def test_bytes_count_padding_redundancy_and_capacity() -> None:
         ({"ep": 12}, r"ep=12; .* 2\.\.7 ranks or a multiple of 8\. Set ep=8 or ep=16\."),
         ({"hidden": 8193}, r"hidden=8193; .* up to 8192"),
         ({"top_k": 12}, r"12 slots per token; .* up to 11"),
-        ({"rows": RowLayout(58)}, r"1856 slots; .* up to 1848\. Use at most 1824 physical experts"),
+        (
+            {"rows": RowLayout(58)},
+            r"1856 slots; .* up to 1848\. Lower placement.num_redundant_experts: at most 1824 physical experts",
+        ),
         ({"in_flight": 3}, r"3 micro-batches; .* keeps 2 results"),
     ],
 )

@@ -109,7 +109,7 @@ def test_limits() -> None:
     assert device.unfit(replace(V3, ep=320, rows=RowLayout(12))) is None
     assert str(device.unfit(replace(V3, ep=320, rows=RowLayout(13)))) == (
         "320 ranks of 13 slots, and the kernels count in 4096 bins. "
-        "Set at most 12 slots per rank, or dispatch=all_to_all."
+        "Lower placement.num_redundant_experts: at most 12 slots per rank, or set dispatch=all_to_all."
     )
     assert host.max_capacity(V3) is None
     for rows in (V3.rows, RowLayout(9, Layout.PADDED)):
@@ -269,7 +269,7 @@ def test_without_nvshmem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nvshmem.buffer_bytes(V3) == device.buffer_bytes(V3)
 
     def program(ep: Communicator) -> None:
-        with pytest.raises(ConfigError, match="dispatch=nvshmem: nvshmem4py is not installed"):
+        with pytest.raises(ConfigError, match="dispatch=nvshmem: rank 0 of the ep group: nvshmem4py is not"):
             make_dispatcher("nvshmem", ep, replace(V3, ep=1))
 
     on_ranks(1, program)

@@ -244,8 +244,8 @@ def test_limits() -> None:
 
     assert why(8, 8) == why(4, 16) == why(1, 16) == "None"
     assert "ep=16" in why(16, 1) and "Set ep=8" in why(16, 1)
-    assert "9 slots on each of 8 ranks" in why(8, 9) and "at most 8 slots per rank" in why(8, 9)
-    assert "at most 16 slots per rank" in why(2, 17)
+    assert "9 slots on each of 8 ranks" in why(8, 9) and why(8, 9).endswith("64 of all. Set dispatch=all_to_all.")
+    assert why(2, 17).endswith("at most 16 slots of a rank and 64 of all. Raise ep, or set dispatch=all_to_all.")
     assert sizes.max_capacity(Symmetric(make_case(ep=1, slots=1, top_k=1, tokens=[1])).spec(1)) is None
 
 

@@ -25,8 +25,12 @@ def render() -> str:
     parts = (
         ("DeepEP V2, `ElasticBuffer` (deepseek-ai/DeepEP at dd758ca, 2.1.0)", elastic_clauses.clauses()),
         ("DeepEP V1, `Buffer` (deepseek-ai/DeepEP at dd758ca, 2.1.0)", legacy_clauses.clauses()),
-        ("NVSHMEM for Python (NVIDIA/nvshmem at 2d7d25f)", nvshmem_clauses()),
-        ("Torch's symmetric memory (pytorch/pytorch, torch/csrc/distributed/c10d/symm_mem)", symm_mem_clauses()),
+        ("NVSHMEM for Python (NVIDIA/nvshmem at 2d7d25f; `core/` is nvshmem4py/nvshmem/core/)", nvshmem_clauses()),
+        (
+            "Torch's symmetric memory (pytorch/pytorch, torch/csrc/distributed/c10d/symm_mem, as torch 2.13 has it; "
+            "`ext` is nvshmem_extension.cu, `mem` NVSHMEMSymmetricMemory.cpp)",
+            symm_mem_clauses(),
+        ),
     )
     return _HEAD + "".join(f"\n## {title}\n\n{_table(clauses)}" for title, clauses in parts)
 

@@ -55,6 +55,22 @@ def test_few_rows_of_one_slot_take_swiglu_apart() -> None:
     assert wide["permute"].backend == "triton" and report(*DECODE)["permute"].backend == "torch"
 
 
+def test_who_sorts_rows_follows_the_dispatch() -> None:
+    def shuffle(*words: str) -> dict[str, tuple[str, str]]:
+        found = report("model=deepseek_v3", "device=cuda", "ep=8", *words)
+        return {op: (served.backend, served.why) for op, served in found.items() if "permute" in op}
+
+    counts, equal = ("torch", "by counts that the host knows"), "equal blocks, sorted on the device"
+    alone = shuffle("dispatch=all_to_all", "engine.max_num_seqs=16")
+    assert alone["permute"] == counts and alone["permute, decode"][1].startswith(equal)
+    assert "permute, decode" not in shuffle("dispatch=all_to_all"), "117 MB a layer"
+    beside = shuffle("dispatch=all_to_all", "decode_dispatch=all_gather")
+    assert beside["permute"] == counts and beside["permute, decode"][1].startswith("sorted on the device, in room")
+    assert shuffle("dispatch=deep_ep")["permute, unpermute"][0] == "deep_ep"
+    assert shuffle("dispatch=nvshmem")["permute, unpermute"][1].startswith("rows put into their destination's slots")
+    assert shuffle("dispatch=all_gather")["permute"][0] == "triton"
+
+
 def test_dequantised_and_plain_weights() -> None:
     found = report(*DECODE, "fp8_weights=dequantize")
     assert "linear (fp8)" not in found and "quantise" not in found
@@ -88,6 +104,21 @@ def test_doctor_prints_it() -> None:
     doctor(["job=doctor", *DECODE], console=PlainConsole(stream))
     text = stream.getvalue()
     assert "\nkernels\n" in text and "experts" in text and "decode (512 rows a slot)" in text
+
+
+def test_doctor_says_that_a_shape_names_any_fabric() -> None:
+    """Without weights nothing of this machine is asked: the report does not read as if it were."""
+    stream = io.StringIO()
+    assert doctor(["job=doctor", *DECODE[:-1], "dispatch=deep_ep"], console=PlainConsole(stream)) == 0
+    text = stream.getvalue()
+    assert "deep_ep, top-8, rows of 14 KiB, in fp8 on their way out" in text
+    assert "by its limits alone: a shape without weights asks nothing of this machine" in text
+    software = text[text.index("\nsoftware\n") :]
+    assert (
+        "deep_ep       deep_ep is not installed: Build DeepEP from its repository (docs/dispatch.md#deepep)\n"
+        in software
+    )
+    assert "symm_mem " in software and "nvshmem " in software, "as found, whatever this run asks for"
 
 
 def test_a_latent_cache_in_fp8_is_stated() -> None:

@@ -20,10 +20,18 @@ def signal_at(base, channel, rank, S: tl.constexpr):
 
 
 @triton.jit
+def rows_at(base, AT: tl.constexpr, dtype: tl.constexpr):
+    """The rows in the block at `base`. The compiler cannot see that blocks begin at multiples of 16 bytes, and would
+    store and load value by value."""
+    return tl.multiple_of((base + AT).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
 def await_signals(signals, mask, step, polls, FAR: tl.constexpr):
-    """Until every signal under `mask` has come to `step`; an assertion after `polls` looks, but for FAR."""
-    if FAR:
-        far.signal_wait_until(signals.to(tl.int64), far.AT_LEAST, tl.where(mask, step, 0))
+    """Until every signal under `mask` has come to `step`; an assertion after `polls` looks.
+
+    FAR: NVSHMEM's own wait, which never ends by itself, follows: it makes what came before the signal visible.
+    """
     nothing = tl.zeros(signals.shape, tl.int64)
     seen = tl.atomic_add(signals, nothing, mask=mask, sem="acquire", scope="sys")
     late = tl.sum((mask & (seen < step)).to(tl.int32))
@@ -33,6 +41,8 @@ def await_signals(signals, mask, step, polls, FAR: tl.constexpr):
         late = tl.sum((mask & (seen < step)).to(tl.int32))
         looks += 1
     tl.device_assert(late == 0, "put_rows: a rank did not come in time")
+    if FAR:
+        far.signal_wait_until(signals.to(tl.int64), far.AT_LEAST, tl.where(mask, step, 0))
     tl.debug_barrier()
 
 
@@ -180,7 +190,9 @@ def place_kernel(
         own = tl.load(addresses_ptr + rank)
         stage = own + STAGE_AT + (token * H + part * COLUMNS) * size
         offset = tl.arange(0, COLUMNS)
-        tl.store(stage.to(tl.pointer_type(x_ptr.dtype.element_ty)) + offset, values, mask=column < H)
+        STEP: tl.constexpr = 16 if H * size % 16 == 0 else size
+        there = tl.multiple_of(stage.to(tl.pointer_type(x_ptr.dtype.element_ty)), STEP)
+        tl.store(there + offset, values, mask=column < H)
         tl.debug_barrier()
     for i in tl.static_range(K):
         to = tl.sum(tl.where(k == i, row, 0), axis=0).to(tl.int64)
@@ -191,7 +203,7 @@ def place_kernel(
                 at = own + DATA_AT + (to * H + part * COLUMNS) * size
                 far.put_block(at, stage, width.to(tl.int64), home)
         if (to >= 0) & (base != 0):
-            data = (base + DATA_AT).to(tl.pointer_type(x_ptr.dtype.element_ty))
+            data = rows_at(base, DATA_AT, x_ptr.dtype.element_ty)
             tl.store(data + to * H + column, values, mask=column < H)
             if GROUPS:
                 group = part * (COLUMNS // 128) + tl.arange(0, COLUMNS // 128)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.put_rows import triton_far as far
-from moe_kernels.put_rows.triton_kernels import await_signals, signal_at
+from moe_kernels.put_rows.triton_kernels import await_signals, rows_at, signal_at
 
 
 @triton.jit(do_not_specialize=["rank", "room"])
@@ -34,7 +34,7 @@ def publish_kernel(
     else:
         previous = tl.load(ends_ptr + slot - 1, mask=slot > 0, other=0)
         start = (previous + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
-    data = (tl.load(addresses_ptr + rank) + DATA_AT).to(tl.pointer_type(y_ptr.dtype.element_ty))
+    data = rows_at(tl.load(addresses_ptr + rank), DATA_AT, y_ptr.dtype.element_ty)
     first_row = start + tl.program_id(1)
     for row in range(0, end - first_row, tl.num_programs(1)):
         at = (first_row + row).to(tl.int64) * H
@@ -70,6 +70,7 @@ def pull_kernel(
     offset = tl.arange(0, COLUMNS)
     column = first + offset
     size: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth // 8
+    STEP: tl.constexpr = 16 if H * size % 16 == 0 else size  # rows begin at multiples of it
     k = tl.arange(0, LANES)
     some = (k < K) & (tl.load(row_of_ptr + token * K + k, mask=k < K, other=-1) >= 0)
     homes = tl.load(slots_ptr + token * K + k, mask=some, other=0) // E
@@ -89,7 +90,7 @@ def pull_kernel(
                 width = (tl.minimum(H - first, COLUMNS) * size).to(tl.int64)
                 far.get_block(at, theirs, width, (slot // E).to(tl.int32))
                 tl.debug_barrier()
-        data = at.to(tl.pointer_type(out_ptr.dtype.element_ty)) + offset
+        data = tl.multiple_of(at.to(tl.pointer_type(out_ptr.dtype.element_ty)), STEP) + offset
         y = tl.load(data, mask=(column < H) & (row >= 0), other=0.0).to(tl.float32)
         total += tl.where(row >= 0, y * weight, 0.0)
     tl.store(out_ptr + token * H + column, total.to(out_ptr.dtype.element_ty), mask=column < H)

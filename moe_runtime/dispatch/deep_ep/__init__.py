@@ -64,6 +64,7 @@ def make(ep: Communicator, spec: DispatchSpec, *, device: torch.device | str) ->
     if isinstance(library, Missing):
         raise ConfigError(f"dispatch=deep_ep: {library}")
     group = device_group(ep, "deep_ep")
+    _connect(ep, device)
     if 2 in library.generations:
         from moe_runtime.dispatch.deep_ep.elastic import ElasticDispatcher
 
@@ -73,3 +74,12 @@ def make(ep: Communicator, spec: DispatchSpec, *, device: torch.device | str) ->
     return LegacyDispatcher(
         ep, spec, library=library.module, group=group, device=device, ranks_per_node=spec.ranks_per_node
     )
+
+
+def _connect(ep: Communicator, device: torch.device | str) -> None:
+    """DeepEP takes the group's NCCL communicator as it finds it, and torch may make that with the first collective.
+
+    The host waits here, where a rank that does not come is still reported: not inside the library.
+    """
+    here = ep.all_reduce(torch.ones(1, device=device))
+    assert int(here) == ep.size, f"{int(here)} of {ep.size} ranks"

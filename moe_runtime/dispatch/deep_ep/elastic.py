@@ -12,6 +12,7 @@ be moved 2m + 4 times instead of 2m, by five launches more.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -76,6 +77,9 @@ class ElasticDispatcher:
             num_topk=spec.top_k,
             use_fp8_dispatch=spec.rows.quantize,
             allow_hybrid_mode=hybrid(nodes, ranks_per_node, spec.rows.num_slots),
+            # Its host wait holds Python's lock, so no clock of ours can ring meanwhile.
+            num_cpu_timeout_secs=math.ceil(spec.deadline_s),
+            num_gpu_timeout_secs=math.ceil(spec.deadline_s),
             explicitly_destroy=True,
         )
 

@@ -27,6 +27,7 @@ MOST_EXPERTS: Final = 2048
 MOST_NODES: Final = 32
 """Of the hybrid kernels; beyond it ranks send to all others directly."""
 
+_OR_ELSE: Final = ", or set dispatch=all_to_all"
 _MiB: Final = 1 << 20
 _ALIGNMENT: Final = 2 * _MiB
 _CHANNELS: Final = 1280
@@ -59,14 +60,14 @@ def unfit(spec: DispatchSpec) -> Missing | None:
     slots = spec.rows.num_slots
     if spec.dtype is not torch.bfloat16:
         return Missing(f"tokens are {spec.dtype}, and DeepEP V2 sums in bf16 only", "Set dtype=bfloat16")
-    for value, most, what in (
-        (spec.top_k, MOST_TOP_K, "slots per token"),
-        (spec.ep, MOST_RANKS, "ranks in the ep group"),
-        (slots, MOST_SLOTS, "slots per rank"),
-        (spec.num_physical, MOST_EXPERTS, "slots in all"),
+    for value, most, what, remedy in (
+        (spec.top_k, MOST_TOP_K, "slots per token", "Set shared_experts=replicated"),
+        (spec.ep, MOST_RANKS, "ranks in the ep group", f"Set ep={MOST_RANKS}"),
+        (slots, MOST_SLOTS, "slots per rank", "Raise ep, or lower placement.num_redundant_experts"),
+        (spec.num_physical, MOST_EXPERTS, "slots in all", "Lower placement.num_redundant_experts"),
     ):
         if value > most:
-            return Missing(f"{value} {what}, and DeepEP V2 has room for {most}", f"Use at most {most} {what}")
+            return Missing(f"{value} {what}, and DeepEP V2 has room for at most {most}", remedy + _OR_ELSE)
     return None
 
 

@@ -72,12 +72,12 @@ def unfit(spec: DispatchSpec) -> Missing | None:
     if spec.top_k > MAX_TOP_K:
         return Missing(
             f"{spec.top_k} slots per token; DeepEP V1's low-latency kernels take up to {MAX_TOP_K}",
-            "Do not dispatch shared experts, or use dispatch=all_to_all",
+            "Set shared_experts=replicated, or dispatch=all_to_all",
         )
     if spec.num_physical > MAX_SLOTS:
         return Missing(
             f"{spec.num_physical} slots; DeepEP V1's low-latency kernels take up to {MAX_SLOTS}",
-            f"Use at most {MAX_SLOTS // spec.ep * spec.ep} physical experts",
+            f"Lower placement.num_redundant_experts: at most {MAX_SLOTS // spec.ep * spec.ep} physical experts",
         )
     if spec.in_flight > MAX_IN_FLIGHT:
         return Missing(

@@ -12,8 +12,9 @@ Ranks of one NVLink domain address each other's memory. Where some do not, the k
 library, which carries those rows through staging memory of the block, unquantised; without the library that is refused.
 Rows are views of the block, valid until their combine has begun. All calls of a micro-batch belong on one stream, or on
 streams that wait for each other.
-Waits stand on the stream: a kernel gives up after about a minute with an assertion (NVSHMEM's own waits never do), and
-whatever the communicators have behind it is what the run's clock (`comm/overdue.py`) finds overdue and names.
+Waits stand on the stream: a kernel gives up after about a minute with an assertion (NVSHMEM's own waits never do, and
+come after that), and whatever the communicators have behind it is what the run's clock (`comm/overdue.py`) finds
+overdue and names.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from moe_runtime.types import Pending, PhysicalRouting
 _LAST_ROW: Final = 2**31 - 1
 """Rows are numbered in int32."""
 _PROBE_BYTES: Final = 8
+_ALIGNED: Final = 16
+"""Bytes at multiples of which every block begins; the kernels rely on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,9 @@ class DeviceDispatcher:
         heap, block = self._heap, block_of(self._spec, apart=self._far is not None)
         own = heap.allocate(block.num_bytes)
         own[: block.counts_at].zero_()
-        addresses = torch.tensor(heap.addresses(own), dtype=torch.int64, device=heap.device)
+        found = heap.addresses(own)
+        assert not any(address % _ALIGNED for address in found), f"the kernels move {_ALIGNED} bytes at once: {found}"
+        addresses = torch.tensor(found, dtype=torch.int64, device=heap.device)
         step = torch.zeros(1, dtype=torch.int64, device=heap.device)
         return Peers(block, heap.ep.rank, own, addresses, step, self._far)
 
@@ -229,7 +234,7 @@ def unfit(spec: DispatchSpec) -> Missing | None:
         most = MAX_SLOTS // spec.ep
         return Missing(
             f"{spec.ep} ranks of {spec.rows.num_slots} slots, and the kernels count in {MAX_SLOTS} bins",
-            f"Set at most {most} slots per rank, or dispatch=all_to_all",
+            f"Lower placement.num_redundant_experts: at most {most} slots per rank, or set dispatch=all_to_all",
         )
     return None
 

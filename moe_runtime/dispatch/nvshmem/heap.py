@@ -51,10 +51,12 @@ class Heap:
         self._closed = False
         self._owns = self._start()
         seen, expected = (library.my_pe(), library.n_pes()), (ep.rank, ep.size)
-        if seen != expected:
+        others = [rank for rank, (differs,) in enumerate(ep.exchange([int(seen != expected)])) if differs]
+        if others:
             raise ConfigError(
                 f"dispatch=nvshmem: NVSHMEM runs as PE {seen[0]} of {seen[1]}, the ep group has this process as rank "
-                f"{expected[0]} of {expected[1]}. Start NVSHMEM for the ep group alone, or leave its start to us."
+                f"{expected[0]} of {expected[1]}; ranks {others} of the group differ so. "
+                "Start NVSHMEM for the ep group alone, or leave its start to us."
             )
 
     def _start(self) -> bool:
@@ -87,8 +89,17 @@ class Heap:
         return self.library.NvshmemStream(torch.cuda.current_stream(self.device) if on_gpu else _HostStream())
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """`[num_bytes] uint8` at the same place on every rank, holding anything (fp8 is unknown to NVSHMEM)."""
-        tensor: Tensor = self.library.tensor((num_bytes,), dtype=torch.uint8)
+        """`[num_bytes] uint8` at the same place on every rank, holding anything (fp8 is unknown to NVSHMEM).
+
+        ConfigError where there is too little memory.
+        """
+        try:
+            tensor: Tensor = self.library.tensor((num_bytes,), dtype=torch.uint8)
+        except self.library.NvshmemError as error:
+            raise ConfigError(
+                f"dispatch=nvshmem: no {num_bytes} bytes of symmetric memory on rank {self.ep.rank} ({error}). "
+                "Lower engine.dispatch_buffer_bytes or engine.kv_cache_bytes, or unset NVSHMEM_SYMMETRIC_SIZE."
+            ) from error
         self._tensors.append(tensor)
         return tensor
 

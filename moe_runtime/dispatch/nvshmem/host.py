@@ -92,7 +92,9 @@ class HostDispatcher:
         self._spec = spec
         self._share = AllGatherDispatcher(ep, spec.rows, device=device)
         self._heap = Heap(ep, library, device=device)
-        if library.init_status() == library.InitStatus.STATUS_LIMITED_MPG:
+        # Each rank knows of its own GPU alone, and what follows is for all of them.
+        shared = library.init_status() == library.InitStatus.STATUS_LIMITED_MPG
+        if any(row[0] for row in ep.exchange([int(shared)])):
             self._heap.close()
             raise ConfigError(
                 "dispatch=nvshmem: several ranks share a GPU, and NVSHMEM's waits do not work there. "

@@ -5,14 +5,11 @@ C capacity, K top-k, S ranks, E slots of each, P = S·E, J = min(K, E) rows of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-import torch
-
-from moe_runtime.dispatch.base import Layout
 from moe_runtime.dispatch.missing import Missing
-from moe_runtime.dispatch.nvshmem.packing import FP8, Packing
+from moe_runtime.dispatch.nvshmem.packing import Packing, packing
 from moe_runtime.dispatch.spec import DispatchSpec
 
 MAX_RANKS: Final = 8
@@ -39,9 +36,7 @@ class Room:
     @property
     def sent(self) -> Packing:
         """A token's row on its way out, in fp8 where the experts multiply in it; its slot and its place follow it."""
-        spec = self.spec
-        fp8 = self.stays and spec.rows.quantize and spec.dtype is torch.bfloat16 and spec.rows.layout is Layout.GROUPED
-        return Packing(spec.hidden, 1, FP8 if fp8 else spec.dtype)
+        return packing(replace(self.spec, top_k=1), stays=self.stays)
 
     @property
     def back(self) -> Packing:
@@ -89,12 +84,12 @@ def unfit(spec: DispatchSpec) -> Missing | None:
             f"ep={spec.ep}, and torch's all-to-all of expert splits serves at most {MAX_RANKS} ranks safely",
             f"Set ep={MAX_RANKS}, or dispatch=all_to_all",
         )
-    most = min(MAX_SLOTS, MAX_SPLITS // spec.ep)
-    if slots > most:
+    if slots > MAX_SLOTS or spec.num_physical > MAX_SPLITS:
+        enough = spec.num_physical <= MAX_SPLITS
         return Missing(
             f"{slots} slots on each of {spec.ep} ranks, and torch's all-to-all of expert splits serves at most "
             f"{MAX_SLOTS} slots of a rank and {MAX_SPLITS} of all",
-            f"Set at most {most} slots per rank, or dispatch=all_to_all",
+            "Raise ep, or set dispatch=all_to_all" if enough else "Set dispatch=all_to_all",
         )
     return None
 

@@ -70,6 +70,8 @@ class ElasticBuffer:
         use_fp8_dispatch: bool = False,
         deterministic: bool = False,
         allow_hybrid_mode: bool = True,
+        num_cpu_timeout_secs: int = 300,
+        num_gpu_timeout_secs: int = 100,
         explicitly_destroy: bool = False,
     ) -> None:
         require = self.library.clauses.require
@@ -85,6 +87,7 @@ class ElasticBuffer:
         self.ranks = self._ranks(group, allow_hybrid_mode)
         self.group, self.num_bytes, self.num_max_tokens_per_rank = group, num_bytes, num_max_tokens_per_rank
         self.explicitly_destroy, self.deterministic = explicitly_destroy, deterministic
+        self.timeouts = (num_cpu_timeout_secs, num_gpu_timeout_secs)
         self.alive, self.calls = True, 0
         self.library.live += explicitly_destroy
         group.ep.barrier()

@@ -78,7 +78,8 @@ def _captured(fn: Run, warmups: int) -> tuple[Run, bool]:
         return fn, False
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # Other threads may ask for events meanwhile: NCCL's watchdog, the clock of overdue operations.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             fn()
     except RuntimeError:
         torch.cuda.synchronize()

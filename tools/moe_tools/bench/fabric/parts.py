@@ -60,7 +60,7 @@ def parts() -> tuple[Part, ...]:
         Part("steps", _no_steps, _steps, 120.0),
         Part("nvshmem", _no_nvshmem, _nvshmem, 60.0),
         Part("torch-splits", _no_splits, _splits, 45.0),
-        Part("deep_ep", _no_deep_ep, _deep_ep, 60.0, {"EP_DISABLE_GIN": "1"}),
+        Part("deep_ep", _no_deep_ep, _deep_ep, 60.0, {"EP_DISABLE_GIN": "1", "EP_AVOID_RECORD_STREAM": "1"}),
     )
 
 
