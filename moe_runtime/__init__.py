@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         EngineClosedError,
         MoeRuntimeError,
         RequestError,
+        TraceError,
     )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "ConfigError",
     "CheckpointError",
     "RequestError",
+    "TraceError",
     "CommunicationError",
     "EngineClosedError",
 ]

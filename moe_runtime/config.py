@@ -20,12 +20,15 @@ Device = Literal["cpu", "cuda"]
 Launcher = Literal["auto", "virtual", "process", "torchrun"]
 DispatchName = Literal["auto", "local", "all_to_all", "all_gather", "deep_ep", "nvshmem", "symm_mem"]
 SharedExperts = Literal["replicated", "dispatched"]
-ReplicaChoice = Literal["static", "round_robin", "nearest"]
+ReplicaChoice = Literal["static", "round_robin", "nearest", "waterfill"]
 Padding = Literal["auto", "max", "own"]
 CudaGraphs = Literal["auto", "on", "off"]
 TwoBatchOverlap = Literal["auto", "on", "off"]
 SingleBatchOverlap = Literal["auto", "on", "off"]
 KvCacheDtype = Literal["auto", "fp8"]
+RecordMode = Literal["off", "stat", "per_pass", "per_token"]
+Rebalance = Literal["off", "on"]
+BalancePolicy = Literal["best", "eplb"]
 
 _MAX_SEED = 2**63 - 1
 
@@ -37,6 +40,40 @@ class PlacementConfig:
     num_redundant_experts: int = setting(0, "extra expert slots; each holds a second copy of an expert", minimum=0)
     file: str | None = setting(None, "placement file (JSON) to use instead of the uniform placement", verbatim=True)
     replica_choice: ReplicaChoice = setting("static", "which copy of an expert a token goes to")
+
+
+@dataclass(frozen=True, slots=True)
+class BalanceConfig:
+    """What is recorded of the experts' loads, and whether experts move with them while the engine serves."""
+
+    record: RecordMode = setting(
+        "stat", "tokens per layer and expert: stat: per window of steps, per_pass: per step, per_token: every route"
+    )
+    window_steps: int = setting(100, "steps with tokens after which all ranks' counts are put together", minimum=1)
+    trace: str | None = setting(
+        None, "folder to write the recorded loads to; must hold no trace yet; docs/balance.md", verbatim=True
+    )
+    trace_bytes: int = setting(
+        2**30, "most bytes of the trace; the oldest parts are dropped", minimum=1, size_in_bytes=True
+    )
+    rebalance: Rebalance = setting("off", "move experts to where their loads are even, while serving goes on")
+    interval_steps: int = setting(1000, "steps with tokens from one decision to move to the next", minimum=1)
+    threshold: float = setting(
+        0.9, "nothing moves while ranks are this busy: mean over busiest, 0..1", minimum=0.0, maximum=1.0
+    )
+    bytes_per_step: int = setting(
+        64 * 2**20,
+        "most bytes of experts that a rank sends, and receives, between two steps",
+        minimum=4096,
+        size_in_bytes=True,
+    )
+    policy: BalancePolicy = setting("best", "how placements are planned: best, or DeepSeek's eplb")
+    deadline_s: float = setting(
+        30.0, "seconds after which a plan, or a layer on its way, is abandoned", minimum=0.001, maximum=86400
+    )
+    save_placement: str | None = setting(
+        None, "placement file to write after each move and at the end; for placement.file", verbatim=True
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +118,7 @@ class EngineConfig:
         None, "rows of a DP group to capture, e.g. [1,2,4,8]; null: 1, 2, 4, 8, 16, 24, … up to max_num_seqs"
     )
     two_batch_overlap: TwoBatchOverlap = setting(
-        "auto", "cut large steps into two micro-batches: one computes while the other's tokens travel; auto: over NCCL"
+        "auto", "cut large steps into two micro-batches: one computes while the other's tokens travel; auto: on GPUs"
     )
     two_batch_tokens: int = setting(
         512, "rows of the largest DP group from which on steps with prompt tokens are cut in two", minimum=2
@@ -173,7 +210,8 @@ class RuntimeConfig:
         "auto", "how tokens travel to the experts; auto: by size and by what is installed (job=doctor says why)"
     )
     decode_dispatch: DispatchName | None = setting(
-        None, "the same for steps without prompt tokens; null: as dispatch, and with dispatch=auto the faster"
+        None,
+        "the same for steps without prompt tokens; null: as dispatch; auto, and null with dispatch=auto: fewer bytes",
     )
     shared_experts: SharedExperts = setting(
         "replicated", "shared experts on every rank, or dispatched as always-chosen experts"
@@ -185,7 +223,13 @@ class RuntimeConfig:
     load_timeout_s: float = setting(
         1800.0, "seconds after which a rank that is still loading is reported", minimum=0.1, maximum=86400
     )
+    snapshot_file: str | None = setting(
+        None,
+        "JSON file that shows the running engine, replaced twice a second; null: snapshot.json in balance.trace",
+        verbatim=True,
+    )
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -207,13 +251,14 @@ def build_config(values: Mapping[str, object]) -> RuntimeConfig:
     missing = [name for name in ("ep", "tp", "dp", "ranks_per_node") if values[name] is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: not set. Derive them first (launch.topology.resolve), or set them.")
-    sections: dict[str, dict[str, Any]] = {"": {}, "placement": {}, "engine": {}, "sampling": {}}
+    sections: dict[str, dict[str, Any]] = {"": {}, "placement": {}, "balance": {}, "engine": {}, "sampling": {}}
     for name, value in values.items():
         section, _, leaf = name.rpartition(".")
         sections[section][leaf] = value
     return RuntimeConfig(
         **sections[""],
         placement=PlacementConfig(**sections["placement"]),
+        balance=BalanceConfig(**sections["balance"]),
         engine=EngineConfig(**sections["engine"]),
         sampling=SamplingConfig(**sections["sampling"]),
     )

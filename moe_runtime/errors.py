@@ -18,6 +18,10 @@ class CheckpointError(MoeRuntimeError, ValueError):
     """A checkpoint folder, file or tensor that is not what the model needs."""
 
 
+class TraceError(MoeRuntimeError, ValueError):
+    """A trace of expert loads that cannot be read, or that is not of the model at hand."""
+
+
 class RequestError(MoeRuntimeError, ValueError):
     """A prompt or sampling parameter that cannot be served; it ends that request only."""
 

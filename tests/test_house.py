@@ -42,7 +42,7 @@ ROOF = 9
 ONLY_HERE = {
     "hydra": {"moe_runtime.launch.compose"},
     "omegaconf": {"moe_runtime.launch.compose"},
-    "rich": {"moe_runtime.cli.rich_console"},
+    "rich": {"moe_runtime.cli.rich_console", "moe_tools.expert_load.rich_top"},
     "greenlet": {"moe_runtime.comm"},
     "triton": {"moe_kernels"},
 }

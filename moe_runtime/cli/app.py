@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import NoReturn
 
-from moe_runtime.errors import CheckpointError, ConfigError, MoeRuntimeError, RequestError
+from moe_runtime.errors import CheckpointError, ConfigError, MoeRuntimeError, RequestError, TraceError
 
 
 class ExitCode(IntEnum):
@@ -50,7 +50,7 @@ def main(words: Sequence[str]) -> ExitCode:
         return ExitCode.OK
     try:
         return _job(words)
-    except (ConfigError, CheckpointError, RequestError) as error:
+    except (ConfigError, CheckpointError, RequestError, TraceError) as error:
         if _speaks_for_all():
             _say(error)
         return ExitCode.BAD_INPUT

@@ -15,15 +15,15 @@ from moe_runtime.cli.console import Console, count, open_console
 from moe_runtime.cli.dispatch_report import show_dispatch
 from moe_runtime.cli.next_command import next_command
 from moe_runtime.cli.prompts import OWN_PROMPTS, check_output, read_prompts
+from moe_runtime.dispatch.factory import FABRICS, find_library
+from moe_runtime.dispatch.missing import Missing
 from moe_runtime.errors import ConfigError, MoeRuntimeError, RequestError
 from moe_runtime.launch.compose import Composed, compose
 from moe_runtime.launch.env import TorchrunEnv
 from moe_runtime.launch.graphs import graph_bytes, graphs_mode
 from moe_runtime.launch.kernels import kernel_report, triton_state
 from moe_runtime.launch.placing import expert_placement, num_dispatched_shared
-from moe_runtime.launch.shuffle import (
-    buffer_cap,
-)
+from moe_runtime.launch.shuffle import buffer_cap, choose_dispatch
 from moe_runtime.launch.sizing import (
     cache_size,
     compute_dtype,
@@ -33,6 +33,7 @@ from moe_runtime.launch.sizing import (
     max_model_len,
     process_bytes,
     rotary_bytes,
+    staging_bytes,
     weight_bytes,
 )
 from moe_runtime.parallel.placement import ExpertPlacement
@@ -42,8 +43,6 @@ _PACKAGES = ("torch", "safetensors", "transformers", "numpy", "hydra-core", "gre
 _BACKENDS = (
     # import name, distribution, what it is for, where it comes from
     ("triton", "triton", "GPU kernels", "pip install 'moe-runtime[gpu]'"),
-    ("nvshmem", "nvshmem4py-cu13", "NVSHMEM dispatch", "pip install 'moe-runtime[gpu]'"),
-    ("deep_ep", "deep_ep", "DeepEP dispatch", "build version 2 from its repository; PyPI's deep_ep 1.0.0 is not it"),
     ("deep_gemm", "deep_gemm", "FP8 grouped GEMM", "build it from its repository; PyPI's deep_gemm 1.0.0 is not it"),
 )
 
@@ -102,6 +101,7 @@ def _report(console: Console, composed: Composed) -> None:
 
 def _show_topology(console: Console, composed: Composed) -> None:
     topology, model = composed.topology, composed.model
+    told = choose_dispatch(composed.config, model).unavailable  # by show_dispatch, with remedies
     weights = "" if composed.has_weights else ", from its configuration alone"
     rows = [
         ("model", f"{composed.config.model} ({model.family}){weights}"),
@@ -111,7 +111,7 @@ def _show_topology(console: Console, composed: Composed) -> None:
             f"{model.vocab_size}",
         ),
         ("mesh", f"{topology}, {count(topology.num_nodes, 'node')} of {topology.ranks_per_node}"),
-        *(("", reason) for reason in topology.reasons),
+        *(("", reason) for reason in topology.reasons if reason not in told),
     ]
     console.pairs("topology", rows)
 
@@ -183,6 +183,9 @@ def _show_bytes(console: Console, composed: Composed, placement: ExpertPlacement
     rows.append(("weights in all", f"{format_bytes(weights.total)} {held}"))
     if kept.notice is not None:
         rows.append(("FP8 weights", kept.notice))
+    if staged := staging_bytes(config, model, weights):
+        each = f"and up to {format_bytes(config.balance.bytes_per_step)} each way between two steps"
+        rows.append(("moving experts", f"{format_bytes(staged)} for one layer's slots, {each}"))
     virtual = composed.has_weights and config.launcher == "virtual"
     try:
         cache = cache_size(
@@ -242,7 +245,7 @@ def _show_kernels(console: Console, composed: Composed) -> None:
 def _show_software(console: Console, composed: Composed) -> None:
     gpu = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
     rows = [("python", platform.python_version()), *((name, _version(name)) for name in _PACKAGES), ("devices", gpu)]
-    console.pairs("software", [*rows, *_backends()])
+    console.pairs("software", [*rows, *_backends(), *_fabrics()])
 
 
 def _backends() -> Iterator[tuple[str, str]]:
@@ -253,6 +256,16 @@ def _backends() -> Iterator[tuple[str, str]]:
             yield module, f"{_version(package)}, idle: {purpose} needs a CUDA device"
         else:
             yield module, f"{_version(package)} ({purpose})"
+
+
+def _fabrics() -> Iterator[tuple[str, str]]:
+    """The libraries of the dispatch's fabrics as they are really found, whatever this run asks for."""
+    for name in FABRICS:
+        found = find_library(name)
+        if isinstance(found, Missing):
+            yield name, f"{found.reason}: {found.remedy.removesuffix(', or set dispatch=all_to_all')}"
+        else:
+            yield name, str(found)
 
 
 def _version(package: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_runtime.api import LLM
 from moe_runtime.cli.console import Advance, Console, count, open_console
-from moe_runtime.cli.next_command import next_command
+from moe_runtime.cli.next_command import load_command, next_command
 from moe_runtime.cli.prompts import OWN_PROMPTS, Prompt, check_output, own_prompts, read_prompts, write_lines
 from moe_runtime.engine.request import CompletionOutput, PositionLogprobs, RequestOutput, SamplingParams
 from moe_runtime.launch.build import LoadProgress, OnProgress
@@ -24,7 +24,7 @@ from moe_runtime.launch.compose import Composed
 from moe_runtime.launch.graphs import graphs_mode
 from moe_runtime.launch.kernels import kernel_line
 from moe_runtime.launch.meeting import Meeting
-from moe_runtime.launch.shuffle import overlap_line, split_line
+from moe_runtime.launch.shuffle import dispatch_names, overlap_line, split_line
 from moe_runtime.launch.sizing import format_bytes
 
 _SHOWN = 6
@@ -63,6 +63,8 @@ def generate(composed: Composed, *, meeting: Meeting | None = None, console: Con
         write_lines(Path(config.output), _rows(prompts, outputs))
         console.line(f"wrote {config.output}")
     console.line(f"next: {next_command(composed)}")
+    if command := load_command(composed):
+        console.line(f"see its expert load: {command}")
     return sum(any(part.finish_reason == "abort" for part in output.outputs) for output in outputs)
 
 
@@ -107,15 +109,18 @@ def _watch(llm: LLM, advance: Advance, over: threading.Event) -> None:
 def _show_topology(console: Console, composed: Composed, llm: LLM, load_s: float) -> None:
     config, topology, model = composed.config, composed.topology, composed.model
     shared = f" + {model.n_shared_experts} shared ({config.shared_experts})" if model.n_shared_experts else ""
+    copies = config.placement.num_redundant_experts
     rows = [
         ("mesh", str(topology)),
         *(("", reason) for reason in topology.reasons),
         ("model", f"{config.model}: {model.num_layers} layers, {model.n_routed_experts} routed experts{shared}"),
-        ("dispatch", f"{config.dispatch}, {config.placement.num_redundant_experts} redundant experts"),
+        ("dispatch", f"{' and '.join(dispatch_names(config))}, {count(copies, 'redundant expert')}"),
         ("overlap", overlap_line(config)),
         ("", split_line(config)),
         ("loaded", f"in {load_s:.1f} s"),
     ]
+    if config.engine.kv_cache_dtype == "fp8":
+        rows.append(("KV cache", "latents in FP8 with scales"))
     if config.device == "cuda":
         rows.append(("kernels", kernel_line(config, model)))
     if llm.notice:
@@ -159,6 +164,11 @@ def _show_speed(console: Console, llm: LLM, outputs: Sequence[RequestOutput], el
         rows.append(("overlap", f"{cut} of {count(llm.num_steps, 'step')} ran as two micro-batches"))
     if split := snapshot.num_split_steps:
         rows.append(("overlap", f"{split} of {count(llm.num_steps, 'step')} combined in two parts"))
+    if (moves := snapshot.rebalance).num_decisions:
+        slots = f"{count(moves.num_slots_moved, 'slot')} of {count(moves.num_layers_committed, 'layer')} moved, "
+        rows.append(("experts", f"{slots}{format_bytes(moves.moved_bytes)}; last decision: {moves.decision}"))
+    if moves.last_failure is not None:
+        rows.append(("", str(moves.last_failure)))
     rows.append(("memory", f"{format_bytes(peak)} at most in this process"))
     console.pairs("speed", rows)
 

@@ -9,6 +9,9 @@ from moe_runtime.errors import ConfigError
 from moe_runtime.launch.compose import Composed, compose
 
 _PROGRAM = "python -m moe_runtime"
+_LOAD_PROGRAM = "python -m moe_tools.expert_load"
+_OF_ONE_RUN = ("job=", "output=", "snapshot_file=", "balance.trace=", "balance.save_placement=")
+"""Settings that name a run's own files."""
 _OF_ONE_MESH = ("ep=", "tp=", "dp=", "ranks_per_node=", "preset=", "launcher=", "dispatch=", "placement.")
 """Settings that were made for the mesh at hand, with the cache's size: they rarely fit another one."""
 
@@ -19,6 +22,14 @@ def next_command(composed: Composed) -> str:
         if _fits(words):
             return " ".join([_PROGRAM, *map(shlex.quote, words)])
     return _PROGRAM
+
+
+def load_command(composed: Composed) -> str | None:
+    """One shell line that shows this run's expert load as a page; None where no one process could run it again."""
+    if composed.config.ep == 1 or composed.topology.launcher == "torchrun":
+        return None
+    words = [word for word in composed.words if not word.startswith(_OF_ONE_RUN)]
+    return " ".join([f"{_LOAD_PROGRAM} report", *map(shlex.quote, words)])
 
 
 def _ideas(composed: Composed) -> Iterator[Sequence[str]]:

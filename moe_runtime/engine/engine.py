@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,14 +21,15 @@ from moe_runtime.engine.graphs import NO_GRAPHS, GraphCounts, RankGraphs
 from moe_runtime.engine.lockstep import AgreedStep, LockstepLimits, Wish, agree
 from moe_runtime.engine.messages import GroupCommands, TokenResult, decode_results, encode_results
 from moe_runtime.engine.plan import StepPlan
+from moe_runtime.engine.rebalance import Rebalancer
+from moe_runtime.engine.rebalance_state import REBALANCE_OFF, RebalanceState
+from moe_runtime.engine.recording import LoadWindow, Recording
 from moe_runtime.engine.runner import GroupStep, Runner
 from moe_runtime.engine.sampler import NOT_FINITE, Sampled, Sampler, TokenLogprobs, prompt_logprobs
 from moe_runtime.engine.scheduler import Finished, Scheduler, SchedulerStats
 from moe_runtime.engine.sequence import SequenceState
+from moe_runtime.engine.step_header import decode_step, encode_step
 from moe_runtime.errors import CommunicationError
-
-_PHASES = tuple(Phase)
-_HEADER = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,9 @@ class StepReport:
     load: LoadReport | None = None
     graphs: GraphCounts = NO_GRAPHS
     """Of world rank 0's process"""
+    rebalance: RebalanceState = REBALANCE_OFF
+    window: LoadWindow | None = None
+    """That ended with this step"""
 
 
 class Owner(Protocol):
@@ -76,15 +79,18 @@ class Leader:
 @dataclass(slots=True)
 class RankEngine:
     """One rank: `serve` runs steps until the owner stops. `graphs`: where decode steps are captured; `fabric`: where
-    the dispatcher has buffers of its own."""
+    the dispatcher has buffers of its own; `rebalancer`: where experts move while it serves; `recording`:
+    where windows of loads are shown."""
 
     groups: Groups
     runner: Runner
-    recorder: LoadRecorder
+    recorder: LoadRecorder | None
     limits: LockstepLimits
     leader: Leader | None
     graphs: RankGraphs | None = None
     fabric: DeferredDispatcher | None = None
+    rebalancer: Rebalancer | None = None
+    recording: Recording | None = None
     _step: int = 0
     _idle: bool = True
     _groups: tuple[SchedulerStats, ...] = ()
@@ -99,7 +105,9 @@ class RankEngine:
             self.graphs.capture()
 
     def close(self) -> None:
-        """Release what was captured, before the communicators go. Idempotent."""
+        """Release what was captured, before the communicators go, and write what was recorded. Idempotent."""
+        if self.recording is not None:
+            self.recording.close()
         if self.graphs is not None:
             self.graphs.close()
 
@@ -107,6 +115,8 @@ class RankEngine:
         """Steps until the owner says stop."""
         while self.step():
             pass
+        if self.rebalancer is not None:
+            self.rebalancer.close()
         if self.fabric is not None:
             self.fabric.close()  # all ranks are here
 
@@ -114,15 +124,14 @@ class RankEngine:
         """Agree, plan, run, sample, commit. False after the last step."""
         self.groups.location.step = self._step
         if self.leader is None:
-            header, plan = _decode(self.groups.tp.share(None, 0))
-            agreed, commands = None, GroupCommands(report=bool(header[1]), stop=bool(header[0]))
-            step = _group_step(header)
+            step, plan, stop, report = decode_step(self.groups.tp.share(None, 0))
+            agreed, commands = None, GroupCommands(report=report, stop=stop)
         else:
             commands = self._commands(self.leader)
             plan = self.leader.scheduler.plan()
             agreed = self._agree(self.leader, plan)
             step = GroupStep.of(agreed, self.groups.dp.rank)
-            self.groups.tp.share(_encode(step, plan, commands), 0)
+            self.groups.tp.share(encode_step(step, plan, stop=commands.stop, report=commands.report), 0)
         results: list[TokenResult] = []
         if step.phase is not Phase.IDLE:
             runner = self.graphs if step.graph else self.runner
@@ -130,9 +139,15 @@ class RankEngine:
             logits = runner.run(plan, step)
             if self.leader is not None:
                 results = self._sample(self.leader, plan, logits)
+        window = None
+        if self.recording is not None:
+            tokens = 0 if agreed is None else agreed.num_tokens
+            window = self.recording.after(step, plan, number=self._step, num_tokens=tokens, last=commands.stop)
+        if self.rebalancer is not None and not commands.stop:
+            self.rebalancer.advance(self._step, worked=step.phase is not Phase.IDLE)
         load = self._load() if commands.report else None
         if self.leader is not None and agreed is not None:
-            self._tell(self.leader, results, agreed, load)
+            self._tell(self.leader, results, agreed, load, window)
         self._step += 1
         return not commands.stop
 
@@ -141,7 +156,8 @@ class RankEngine:
     def _commands(self, leader: Leader) -> GroupCommands:
         """The owner's commands for this group, applied to its scheduler."""
         dp = self.groups.dp
-        mine = leader.owner.commands(idle=self._idle) if leader.owner is not None else None
+        idle = self._idle and not (self.rebalancer is not None and self.rebalancer.moving)
+        mine = leader.owner.commands(idle=idle) if leader.owner is not None else None
         commands = GroupCommands.decode(dp.share(mine, 0), dp.rank)
         for request in commands.add:
             leader.scheduler.add(request)
@@ -213,6 +229,7 @@ class RankEngine:
     # Tell the owner
 
     def _load(self) -> LoadReport:
+        assert self.recorder is not None, "asked for where loads are counted only"
         experts = self.groups.ep.all_reduce(self.recorder.counts())
         ranks = self.groups.ep.all_gather(self.recorder.received().unsqueeze(0))
         return LoadReport(experts, ranks.t())
@@ -223,6 +240,7 @@ class RankEngine:
         results: list[TokenResult],
         agreed: AgreedStep,
         load: LoadReport | None,
+        window: LoadWindow | None,
     ) -> None:
         everybody: list[TokenResult] = results
         if agreed.phase is not Phase.IDLE and self.groups.dp.size > 1:
@@ -231,34 +249,8 @@ class RankEngine:
                 everybody = [result for payload in payloads for result in decode_results(payload)]
         if leader.owner is not None:
             graphs = NO_GRAPHS if self.graphs is None else self.graphs.counts
-            leader.owner.report(StepReport(everybody, agreed, self._groups, load, graphs))
-
-
-def _encode(step: GroupStep, plan: StepPlan, commands: GroupCommands) -> bytes:
-    header = [
-        int(commands.stop),
-        int(commands.report),
-        _PHASES.index(step.phase),
-        step.padded_tokens,
-        step.capacity,
-        step.num_chunks,
-        step.chunk_tokens,
-        int(step.graph),
-        step.num_micro_batches,
-        int(step.split_combine),
-    ]
-    return np.array(header + plan.to_ints(), dtype=np.int64).tobytes()
-
-
-def _decode(payload: bytes) -> tuple[list[int], StepPlan]:
-    row = np.frombuffer(payload, dtype=np.int64).tolist()
-    return row[:_HEADER], StepPlan.from_ints(row[_HEADER:])
-
-
-def _group_step(header: Sequence[int]) -> GroupStep:
-    padded, capacity, num_chunks, chunk_tokens, graph, micro_batches, split = header[3:]
-    phase = _PHASES[header[2]]
-    return GroupStep(phase, padded, capacity, num_chunks, chunk_tokens, bool(graph), micro_batches, bool(split))
+            state = REBALANCE_OFF if self.rebalancer is None else self.rebalancer.state
+            leader.owner.report(StepReport(everybody, agreed, self._groups, load, graphs, state, window))
 
 
 def _split_rows(plan: StepPlan) -> tuple[list[tuple[int, int, int, int]], list[int]]:

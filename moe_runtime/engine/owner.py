@@ -20,6 +20,7 @@ from moe_runtime.engine.messages import Commands
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.scheduler import SchedulerStats
 from moe_runtime.engine.snapshot import EngineSnapshot, EngineState, StepCounts, TokenRate
+from moe_runtime.engine.snapshot_file import SnapshotFile
 from moe_runtime.engine.submission import Check, Prepared, Submission, prepare
 from moe_runtime.errors import EngineClosedError
 from moe_runtime.parallel.mesh import ProcessMesh
@@ -53,12 +54,14 @@ class RequestOwner:
         check: Check,
         decoder: TokenDecoder | None,
         idle_wait_s: float = IDLE_WAIT_S,
+        snapshot_file: SnapshotFile | None = None,
     ) -> None:
         self._mesh = mesh
         self._num_pages = num_pages
         self._check = check
         self._decoder = decoder
         self._idle_wait_s = idle_wait_s
+        self._snapshot_file = snapshot_file
         self._balancer = GroupBalancer(mesh.dp)
         self._wake = threading.Condition()
         self._queued = _Queued()
@@ -132,6 +135,8 @@ class RequestOwner:
                 num_eager_decode_steps=counts.eager_decode_steps,
                 num_two_batch_steps=counts.two_batch_steps,
                 num_split_steps=counts.split_steps,
+                rebalance=counts.rebalance,
+                window=counts.window,
             )
 
     @property
@@ -188,6 +193,8 @@ class RequestOwner:
                 for waiter in self._load_waiters:
                     waiter.put(step.load)
                 self._load_waiters.clear()
+        if self._snapshot_file is not None:
+            self._snapshot_file.offer(self.snapshot)
 
     def end(self, failure: BaseException | None) -> None:
         """The engine has stopped: every waiting thread is released, with the failure if there was one."""
@@ -205,6 +212,8 @@ class RequestOwner:
                 with suppress(Exception):  # a text that cannot be made is no reason to leave the others waiting
                     handle.abort(now)
                 self._publish(handle)
+        if self._snapshot_file is not None:
+            self._snapshot_file.write(self.snapshot())
 
     # Under the lock
 
@@ -276,6 +285,8 @@ class RequestOwner:
         counts.groups = step.groups
         counts.output_tokens += tokens
         counts.graphs = step.graphs
+        counts.rebalance = step.rebalance
+        counts.window = step.window or counts.window
         counts.eager_decode_steps += step.agreed.phase is Phase.DECODE and not step.agreed.graph
         counts.two_batch_steps += step.agreed.num_micro_batches > 1
         counts.split_steps += step.agreed.split_combine

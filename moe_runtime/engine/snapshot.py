@@ -8,6 +8,8 @@ from typing import Literal
 
 from moe_runtime.dispatch.base import Phase
 from moe_runtime.engine.graphs import NO_GRAPHS, GraphCounts
+from moe_runtime.engine.rebalance_state import REBALANCE_OFF, RebalanceState
+from moe_runtime.engine.recording import LoadWindow
 from moe_runtime.engine.scheduler import SchedulerStats
 from moe_runtime.parallel.mesh import ProcessMesh
 
@@ -52,6 +54,10 @@ class EngineSnapshot:
     """Steps cut into two micro-batches that overlap"""
     num_split_steps: int
     """Steps whose experts' outputs came home in two parts"""
+    rebalance: RebalanceState = REBALANCE_OFF
+    """Moves of experts while the engine serves"""
+    window: LoadWindow | None = None
+    """The last window of loads; None before the first, and where neither a trace nor a snapshot file is written"""
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -76,6 +82,8 @@ class StepCounts:
     two_batch_steps: int = 0
     split_steps: int = 0
     eager_decode_steps: int = 0
+    rebalance: RebalanceState = REBALANCE_OFF
+    window: LoadWindow | None = None
 
 
 class TokenRate:

@@ -13,7 +13,6 @@ from moe_models.base import ModelConfig
 from moe_models.deepseek_v3.assembly import Assembly
 from moe_models.registry import is_mtp_tensor, tensor_specs
 
-from moe_runtime.balance.load import LoadRecorder
 from moe_runtime.cache.latent import LatentKVCache
 from moe_runtime.cache.pages import PagePool
 from moe_runtime.comm.base import Communicator, Groups
@@ -33,10 +32,13 @@ from moe_runtime.engine.sequence import SchedulerLimits, check_request
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.compose import Composed
 from moe_runtime.launch.device import process_device
+from moe_runtime.launch.env import deep_ep_holds_tensors
 from moe_runtime.launch.graphs import Capture, lockstep_limits, process_graphs
 from moe_runtime.launch.memory import enough_memory
-from moe_runtime.launch.placing import expert_placement, num_logical_experts
-from moe_runtime.launch.shuffle import buffer_cap, dispatch_names, dispatch_spec
+from moe_runtime.launch.placing import expert_placement
+from moe_runtime.launch.rebalancing import make_rebalancer, rebalances
+from moe_runtime.launch.recording import make_recorder, make_recording
+from moe_runtime.launch.shuffle import buffer_cap, dispatch_names, dispatch_spec, spec_of_each
 from moe_runtime.launch.sizing import (
     CacheSize,
     cache_size,
@@ -46,6 +48,7 @@ from moe_runtime.launch.sizing import (
     max_model_len,
     max_num_seqs,
 )
+from moe_runtime.layers.moe import MoELayer
 from moe_runtime.loading.checkpoint import Checkpoint
 from moe_runtime.loading.shard import check_tensors
 from moe_runtime.loading.source import CheckpointSource
@@ -162,8 +165,7 @@ def build_engine(
     `capture`: where decode steps run as graphs (`capture_graphs`); `RankEngine.prepare` captures them.
     """
     config, model, engine = parts.config, parts.model, parts.config.engine
-    logical = num_logical_experts(config, model)
-    recorder = LoadRecorder(len(model.moe_layers), logical, device=parts.device)
+    recorder = make_recorder(config, model, parts.device)
     dispatcher = _dispatcher(parts, groups.ep)
     choice = ReplicaChoice(config.placement.replica_choice)
     assembly = Assembly(
@@ -173,7 +175,11 @@ def build_engine(
         source=parts.source,
         placement=parts.placement,
         selector=parts.placement.selector(
-            mesh.ep_rank, choice=choice, ranks_per_node=mesh.ranks_per_node, device=parts.device
+            mesh.ep_rank,
+            choice=choice,
+            ranks_per_node=mesh.ranks_per_node,
+            device=parts.device,
+            rewritable=rebalances(config),
         ),
         dispatcher=dispatcher,
         recorder=recorder,
@@ -185,6 +191,16 @@ def build_engine(
     )
     with enough_memory(parts.device, f"ep={config.ep}: the weights of rank {mesh.rank}", remedy=_WEIGHTS_REMEDY):
         weights = assembly.build(lambda layer: on_progress(LoadProgress(mesh.rank, layer, parts.num_read_bytes())))
+        rebalancer = make_rebalancer(
+            config,
+            model,
+            groups.ep,
+            [block.ffn.experts for block in weights.blocks if isinstance(block.ffn, MoELayer)],
+            selector=assembly.selector,
+            recorder=recorder,
+            placement=parts.placement,
+            activation_bytes=parts.dtype.itemsize,
+        )
     cache = _cache(parts, mesh.rank)
     heads = model.num_heads // mesh.tp
     runner = Runner(weights, cache, mesh.tp, mesh.tp_rank, engine.batch_invariant, parts.device, heads)
@@ -197,6 +213,8 @@ def build_engine(
         leader=_leader(parts, owner) if mesh.tp_rank == 0 else None,
         graphs=_graphs(parts, capture, runner, limits, samples=mesh.tp_rank == 0),
         fabric=dispatcher if isinstance(dispatcher, DeferredDispatcher) else None,
+        rebalancer=rebalancer,
+        recording=make_recording(config, model, groups.ep, recorder, placement=parts.placement, owns=owner is not None),
     )
 
 
@@ -204,11 +222,14 @@ def _dispatcher(parts: ProcessParts, ep: Communicator) -> Dispatcher[Any]:
     """One for all layers. A fabric's buffers are made when it is opened, outside of every capture."""
     config, names = parts.config, dispatch_names(parts.config)
     spec = dispatch_spec(config, parts.model, num_slots=parts.placement.num_local)
-    what = f"dispatch={config.dispatch}: buffers of up to {buffer_cap(config)} bytes on rank {ep.rank}"
+    each = tuple(zip(names, spec_of_each(names, spec), strict=True))
+    what = f"dispatch={' and '.join(names)}: buffers of up to {buffer_cap(config)} bytes on rank {ep.rank}"
 
     def make() -> Dispatcher[Any]:
+        if "deep_ep" in names:
+            deep_ep_holds_tensors()
         with enough_memory(parts.device, what, remedy="Lower engine.dispatch_buffer_bytes or engine.kv_cache_bytes."):
-            made = [make_dispatcher(name, ep, spec, device=parts.device) for name in names]
+            made = [make_dispatcher(name, ep, its, device=parts.device) for name, its in each]
         return made[0] if len(made) == 1 else PhasedDispatcher(*made)
 
     return DeferredDispatcher(make) if set(names) & set(FABRICS) else make()

@@ -15,6 +15,8 @@ from moe_runtime.engine.request import SamplingParams
 from moe_runtime.errors import ConfigError, RequestError
 from moe_runtime.launch.graphs import graphs_mode
 from moe_runtime.launch.placing import num_local_slots
+from moe_runtime.launch.rebalancing import rebalance_conflicts
+from moe_runtime.launch.recording import recording_conflicts
 from moe_runtime.launch.shuffle import dispatch_names, dispatch_spec, splits_combine, whole_spec
 from moe_runtime.launch.sizing import (
     cache_size,
@@ -47,9 +49,11 @@ def conflicts(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -
         slots = num_local_slots(replace(config, placement=PlacementConfig()), model)  # to look for further problems
     yield from _dispatch(config, model, slots, has_weights=has_weights)
     yield from _invariance(config)
+    yield from rebalance_conflicts(config)
     yield from _parts(config, slots)
     yield from _memory(config, model, slots, has_weights=has_weights)
     yield from _graphs(config, model)
+    yield from recording_conflicts(config, model, has_weights=has_weights)
 
 
 def _device(config: RuntimeConfig) -> Iterator[ConfigError]:
@@ -66,7 +70,8 @@ def _dispatch(config: RuntimeConfig, model: ModelConfig, slots: int, *, has_weig
         virtual = config.launcher == "virtual"
         missing = obstacle(str(name), spec, device=device, virtual=virtual, limits_only=not has_weights)
         if missing is not None:
-            yield ConfigError(f"{key}={name}: {missing}")
+            remedy = missing.remedy.replace("dispatch=all_to_all", f"{key}=all_to_all")
+            yield ConfigError(f"{key}={name}: {missing.reason}. {remedy}.")
 
 
 def _invariance(config: RuntimeConfig) -> Iterator[ConfigError]:

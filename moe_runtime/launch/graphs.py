@@ -151,8 +151,9 @@ def _obstacle(config: RuntimeConfig, model: ModelConfig, limits: LockstepLimits)
     if not _on_kernels(config):
         return f"device={config.device} has no CUDA graphs", "device=cuda"
     if not _can_capture(config, model) and config.engine.padding != "own":
+        key = "dispatch" if config.decode_dispatch is None else "decode_dispatch"
         other = "all_gather" if config.ep > 1 else "local"
-        return f"dispatch={config.dispatch} waits on the host for its counts", f"dispatch={other}"
+        return f"{key}={dispatch_names(config)[-1]} needs the host in every step", f"{key}={other}"
     if config.engine.padding == "own":
         return "engine.padding=own gives every DP group rows of its own", "engine.padding=auto"
     least = limits.graph_sizes[0]

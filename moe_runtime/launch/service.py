@@ -14,6 +14,7 @@ from moe_runtime.engine.handle import Deliver, RequestHandle
 from moe_runtime.engine.owner import IDLE_WAIT_S, RequestOwner
 from moe_runtime.engine.request import SamplingParams
 from moe_runtime.engine.sequence import check_request
+from moe_runtime.engine.snapshot_file import SnapshotFile
 from moe_runtime.engine.submission import Submission
 from moe_runtime.errors import ConfigError, EngineClosedError, RequestError
 from moe_runtime.launch.build import OnProgress, ProcessParts
@@ -22,6 +23,7 @@ from moe_runtime.launch.env import torchrun_env
 from moe_runtime.launch.executors import start_executor
 from moe_runtime.launch.executors.base import Executor
 from moe_runtime.launch.meeting import Meeting, decide
+from moe_runtime.launch.recording import make_snapshot_file
 from moe_runtime.launch.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, str | Sequence[int]]
@@ -44,15 +46,17 @@ class Service:
     def __init__(self, composed: Composed, *, meeting: Meeting | None, on_progress: OnProgress) -> None:
         """Load and start. Raises ConfigError, CheckpointError and CommunicationError; nothing is left behind then."""
 
-        def open_both() -> tuple[ProcessParts, Tokenizer | None]:
+        def open_all() -> tuple[ProcessParts, Tokenizer | None, SnapshotFile | None]:
             in_process = composed.topology.world if composed.topology.launcher == "virtual" else 1
             local_rank = 0 if meeting is None else meeting.place.local_rank
             parts = ProcessParts.open(composed, ranks_in_process=in_process, local_rank=local_rank)
-            return parts, load_tokenizer(composed.model_path)
+            shown = make_snapshot_file(config, parts.model) if meeting is None or not meeting.place.rank else None
+            return parts, load_tokenizer(composed.model_path), shown
 
         config = composed.config
         self.composed = composed
-        self.parts, self.tokenizer = open_both() if meeting is None else meeting.together("its checkpoint", open_both)
+        opened = open_all() if meeting is None else meeting.together("its checkpoint", open_all)
+        self.parts, self.tokenizer, snapshot_file = opened
         self.named: dict[str, RequestHandle] = {}
         """Running requests to which a caller gave a name"""
         cache = self.parts.cache
@@ -67,6 +71,7 @@ class Service:
             ),
             decoder=self.tokenizer,
             idle_wait_s=min(IDLE_WAIT_S, config.comm_timeout_s / 4),
+            snapshot_file=snapshot_file,
         )
         executor = start_executor(composed, self.parts, self.owner, meeting=meeting, on_progress=on_progress)
         self._executor = executor
@@ -115,6 +120,8 @@ class Service:
     def load(self, *, instead: str = "generate() or close()") -> LoadReport:
         """The load counters of all ranks. ConfigError as `require_owner`."""
         self.require_owner("load_report() and expert_load()", instead=instead)
+        if self.composed.config.balance.record == "off":
+            raise ConfigError("balance.record=off: no loads are counted. Set balance.record=stat.")
         return self.owner.load()
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

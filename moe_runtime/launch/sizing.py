@@ -231,6 +231,11 @@ def rotary_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     return max_model_len(engine, model) * model.qk_rope_head_dim * FP32_BYTES
 
 
+def staging_bytes(config: RuntimeConfig, model: ModelConfig, weights: WeightBytes) -> int:
+    """One layer's slots more, through which experts move while a rank of these weights serves; 0 where none move."""
+    return weights.experts // len(model.moe_layers) if config.balance.rebalance == "on" else 0
+
+
 def process_bytes(config: RuntimeConfig, model: ModelConfig, *, num_local_slots: int) -> int:
     """Weights and cache of all ranks of one process: equal slices are held once, expert slots and caches per rank."""
     itemsize = compute_dtype(config, model).itemsize
@@ -248,7 +253,7 @@ def process_bytes(config: RuntimeConfig, model: ModelConfig, *, num_local_slots:
     )
     cache = cache_size(config.engine, model, itemsize=itemsize, ranks_in_process=ranks, device=config.device)
     split = weights.embedding + weights.attention
-    own = weights.experts + cache.num_bytes
+    own = weights.experts + cache.num_bytes + staging_bytes(config, model, weights)
     return weights.total - weights.experts - split + tp * split + ranks * own
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from moe_kernels.experts import ExpertWeights, expert_mlp_padded, expert_mlp_ragged
 from moe_kernels.grouped_gemm.layout import every_row
 from moe_kernels.scaled import BlockScaled
@@ -56,6 +57,12 @@ class Experts:
     def slots(self, start: int, stop: int) -> Experts:
         """Slots `start <= e < stop` alone, for use at once (see ExpertWeights.slots)."""
         return replace(self, weights=self.weights.slots(start, stop))
+
+    def alone(self, slot: int, x: Tensor) -> Tensor:
+        """Outputs of one slot for `x [R, H]`, whose bits depend on `x` and that slot's weights alone, wherever they
+        are."""
+        only = replace(self, weights=self.weights.slots(slot, slot + 1), batch_invariant=True)
+        return only(GroupedRows(x, torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)))
 
     def _operand(self, rows: Rows) -> Tensor | BlockScaled:
         if rows.scales is not None:

@@ -16,7 +16,7 @@ from moe_runtime.dispatch.overlap import Stage, Stages, run_through
 from moe_runtime.layers.experts import MLP, Experts
 from moe_runtime.layers.router import Router
 from moe_runtime.parallel.replicas import ReplicaSelector
-from moe_runtime.types import Pending, PhysicalRouting
+from moe_runtime.types import LogicalRouting, Pending, PhysicalRouting
 
 H = TypeVar("H")
 
@@ -79,7 +79,7 @@ class MoELayer(Generic[H]):
         Stops where a dispatch is on its way, with the shared expert begun beside it, and where a combine is.
         """
         assert x.shape[0] <= step.capacity, f"{x.shape[0]} tokens exceed the agreed capacity {step.capacity}"
-        routing = self._route(x, step.num_real)
+        routing = self._route(x, step)
         shared: Tensor | None = None
         outputs = []
         for rows, chunk in step.chunks():
@@ -90,7 +90,8 @@ class MoELayer(Generic[H]):
             yield Stage.DISPATCH
             received, handle = arriving.wait()
             if self.recorder is not None:
-                self.recorder.record_received(self.index, received)
+                captured = isinstance(step.num_real, Tensor)
+                self.recorder.record_received(self.index, received, step.phase, captured=captured)
             if chunk.split_combine:
                 returning = self._in_parts(received, handle)
             else:
@@ -108,15 +109,23 @@ class MoELayer(Generic[H]):
         on_way = dispatcher.combine_first_begin(self.experts.slots(0, cut)(first), ours)
         return dispatcher.combine_rest_begin(self.experts.slots(cut, num_slots)(rest), theirs, on_way)
 
-    def _route(self, x: Tensor, num_real: int | Tensor) -> PhysicalRouting:
+    def _route(self, x: Tensor, step: MoEStep) -> PhysicalRouting:
+        index, recorder, num_real = self.index, self.recorder, step.num_real
         if self._one_launch or isinstance(num_real, Tensor):
-            counts = None if self.recorder is None else self.recorder.counts_of(self.index)
-            replicas = self.selector.replicas(self.index)
-            return self.router.place(x, num_real=num_real, replicas=replicas, counts_=counts)
+            placed = self.router.place(
+                x,
+                num_real=num_real,
+                replicas=self.selector.replicas(index),
+                counts_=None if recorder is None else recorder.counts_of(index, step.phase),
+                routes_=None if recorder is None else recorder.routes_of(index, micro_batch=step.micro_batch),
+            )
+            if not self.selector.by_counts:
+                return placed
+            return self.selector.to_physical(index, LogicalRouting(placed.expert_ids, placed.weights))
         logical = self.router(x, num_real=num_real)
-        if self.recorder is not None:
-            self.recorder.record(self.index, logical)
-        return self.selector.to_physical(self.index, logical)
+        if recorder is not None:
+            recorder.record(index, logical, step.phase, micro_batch=step.micro_batch)
+        return self.selector.to_physical(index, logical)
 
 
 def _rows_of(routing: PhysicalRouting, rows: slice) -> PhysicalRouting:

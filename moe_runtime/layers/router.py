@@ -52,12 +52,19 @@ class Router:
         return LogicalRouting(ids, weights)
 
     def place(
-        self, x: Tensor, *, num_real: int | Tensor, replicas: Replicas | None, counts_: Tensor | None
+        self,
+        x: Tensor,
+        *,
+        num_real: int | Tensor,
+        replicas: Replicas | None,
+        counts_: Tensor | None,
+        routes_: Tensor | None = None,
     ) -> PhysicalRouting:
         """Route `x [T, H]` to slots, on Triton in one launch after the product (`gate_and_place`).
 
         `num_real` may be a one-element integer tensor on the device. `replicas`: where the layer's experts are (None:
-        slot = expert). `counts_ [>= E+S] int64` is added to in place: one per assignment of a real token.
+        slot = expert). `counts_ [>= E+S] int64` is added to in place: one per assignment of a real token. The experts
+        themselves go to the first rows of `routes_ [>= T, K+S] int16`, NOWHERE for padding.
         """
         placed = gate_and_place(
             self._logits(x),
@@ -68,6 +75,8 @@ class Router:
             replicas=replicas,
             counts_=counts_,
         )
+        if routes_ is not None:
+            routes_[: x.shape[0]].copy_(placed.expert_ids)
         return PhysicalRouting(placed.slots, placed.weights)
 
     def _logits(self, x: Tensor) -> Tensor:

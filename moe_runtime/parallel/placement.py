@@ -190,9 +190,13 @@ class ExpertPlacement:
         choice: ReplicaChoice = ReplicaChoice.STATIC,
         ranks_per_node: int = 8,
         device: torch.device | str = "cpu",
+        rewritable: bool = False,
     ) -> ReplicaSelector:
-        """The device tables with which rank `ep_rank` turns logical into physical routings."""
-        return ReplicaSelector.build(self, ep_rank, choice=choice, ranks_per_node=ranks_per_node, device=device)
+        """The device tables with which rank `ep_rank` turns logical into physical routings. `rewritable`: in place, as
+        the placement changes."""
+        return ReplicaSelector.build(
+            self, ep_rank, choice=choice, ranks_per_node=ranks_per_node, device=device, rewritable=rewritable
+        )
 
     def to_physical(
         self, layer: int, routing: LogicalRouting, *, ep_rank: int, choice: ReplicaChoice = ReplicaChoice.STATIC

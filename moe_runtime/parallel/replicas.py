@@ -5,6 +5,7 @@ L layers, E logical experts, R replicas of the most replicated one, T tokens, K 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from moe_kernels.gate import Replicas
 from torch import Tensor
 
 from moe_runtime.errors import ConfigError
+from moe_runtime.parallel.waterfill import Waterfill
 from moe_runtime.types import NOWHERE, LogicalRouting, PhysicalRouting
 
 if TYPE_CHECKING:
@@ -29,11 +31,39 @@ class ReplicaChoice(StrEnum):
     """In turn, by token index and k."""
     NEAREST = "nearest"
     """On the same rank, else on the same node, else as static."""
+    WATERFILL = "waterfill"
+    """By the step's own counts: what a rank sends evens out over ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableRule:
+    """How a rank's tables follow from a placement."""
+
+    ep: int
+    ep_rank: int
+    num_logical: int
+    choice: ReplicaChoice
+    ranks_per_node: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerTables:
+    """One layer's tables, on CPU, for `ReplicaSelector.write_`."""
+
+    fixed: Tensor
+    rotating: Tensor
+    replica_counts: Tensor
+    waterfill: Waterfill | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplicaSelector:
-    """One rank's tables. All have one entry more than there are experts: the last one is where id -1 lands."""
+    """One rank's tables. All have one entry more than there are experts: the last one is where id -1 lands.
+
+    Those made to be rewritten (`rule`) have shapes that hold any placement of the same slots: no layer passes ids
+    through, and R is P - E + 1, which is as many replicas as an expert can have. What a captured graph reads of them
+    stays where it is.
+    """
 
     ep_rank: int
     identity: tuple[bool, ...]
@@ -44,6 +74,10 @@ class ReplicaSelector:
     """Per layer `[E+1, R] int64` where replicas take turns; None where `fixed` holds."""
     replica_counts: Tensor
     """[L, E+1] int64."""
+    rule: TableRule | None = None
+    """Where the tables can be rewritten."""
+    waterfill: Waterfill | None = None
+    """Where the step's counts choose."""
 
     @classmethod
     def build(
@@ -54,6 +88,7 @@ class ReplicaSelector:
         choice: ReplicaChoice,
         ranks_per_node: int,
         device: torch.device | str,
+        rewritable: bool = False,
     ) -> ReplicaSelector:
         if not 0 <= ep_rank < placement.ep:
             raise ConfigError(f"ep_rank={ep_rank}: must lie in 0..{placement.ep - 1}.")
@@ -63,17 +98,72 @@ class ReplicaSelector:
         order = torch.arange(placement.num_physical)
         same = (placement.phy2log == order).all(dim=1) & (placement.num_physical == placement.num_logical)
         log2phy = torch.cat([placement.log2phy, torch.full_like(placement.log2phy[:, :1], NOWHERE)], dim=1)
+        if rewritable:
+            missing = placement.num_physical - placement.num_logical + 1 - log2phy.shape[2]
+            log2phy = torch.nn.functional.pad(log2phy, (0, missing), value=NOWHERE)
+            same, spare = torch.zeros_like(same), [log2phy.shape[2] > 1] * len(spare)
+        levels = None
+        if choice is ReplicaChoice.WATERFILL and any(spare):
+            levels = Waterfill.build(placement, ep_rank, num_replicas=log2phy.shape[2], device=device)
         return cls(
             ep_rank=ep_rank,
             identity=tuple(same.tolist()),
             fixed=fixed.to(device),
             rotating=tuple(log2phy[i].to(device) if turns and spare[i] else None for i in range(len(spare))),
             replica_counts=_pad_last(placement.logcnt, 1).to(device),
+            rule=TableRule(placement.ep, ep_rank, placement.num_logical, choice, ranks_per_node)
+            if rewritable
+            else None,
+            waterfill=levels,
         )
 
+    def tables(self, placement: ExpertPlacement) -> LayerTables:
+        """What `write_` puts in place for the only layer of `placement`."""
+        rule = self._rule
+        assert (placement.num_layers, placement.num_logical, placement.ep) == (1, rule.num_logical, rule.ep)
+        made = ReplicaSelector.build(
+            placement,
+            rule.ep_rank,
+            choice=rule.choice,
+            ranks_per_node=rule.ranks_per_node,
+            device="cpu",
+            rewritable=True,
+        )
+        turns = made.rotating[0]
+        rotating = made.fixed[0] if turns is None else turns
+        return LayerTables(made.fixed[0], rotating, made.replica_counts[0], made.waterfill)
+
+    def write_(self, layer: int, tables: LayerTables) -> None:
+        """Rewrite a layer's tables, in place: steps that begin afterwards read the new ones, captured ones too."""
+        assert self.rule is not None, "these tables were not made to be rewritten"
+        self.fixed[layer].copy_(tables.fixed)
+        self.replica_counts[layer].copy_(tables.replica_counts)
+        if (rotating := self.rotating[layer]) is not None:
+            rotating.copy_(tables.rotating)
+        if self.waterfill is not None and tables.waterfill is not None:
+            self.waterfill.write_(layer, tables.waterfill)
+
+    @property
+    def addresses(self) -> Sequence[int]:
+        """Where the tables are."""
+        levels = () if self.waterfill is None else self.waterfill.tables
+        tables = (self.fixed, self.replica_counts, *self.rotating, *levels)
+        return [table.data_ptr() for table in tables if table is not None]
+
+    @property
+    def _rule(self) -> TableRule:
+        assert self.rule is not None, "these tables were not made to be rewritten"
+        return self.rule
+
+    @property
+    def by_counts(self) -> bool:
+        """Replicas depend on all of a step's tokens: `to_physical` chooses them, no kernel that places one by one."""
+        return self.waterfill is not None
+
     def replicas(self, layer: int) -> Replicas | None:
-        """What `to_physical` reads, for a kernel that places tokens itself; None where ids pass through."""
-        if self.identity[layer]:
+        """What `to_physical` reads, for a kernel that places tokens itself; None where it is to leave the ids as they
+        are: where slots are experts, and where `by_counts` holds."""
+        if self.identity[layer] or self.by_counts:
             return None
         table = self.rotating[layer]
         if table is None:
@@ -85,6 +175,8 @@ class ReplicaSelector:
         ids = routing.expert_ids
         if self.identity[layer]:
             return PhysicalRouting(ids, routing.weights)
+        if self.waterfill is not None:
+            return PhysicalRouting(self.waterfill.choose(layer, ids), routing.weights)
         table = self.rotating[layer]
         if table is None:
             # `take` wraps negative indices: -1 reads the last entry, which is NOWHERE.

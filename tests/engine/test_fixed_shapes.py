@@ -76,6 +76,15 @@ DEPLOYMENTS = {
         ep=4,
         tp=2,
     ),
+    "waterfill": Deployment(
+        (
+            "dispatch=all_gather",
+            "shared_experts=dispatched",
+            "placement.num_redundant_experts=3",
+            "placement.replica_choice=waterfill",
+        ),
+        ep=2,
+    ),
     "equal blocks": Deployment(("dispatch=all_to_all",), ep=2),
     "batch-invariant": Deployment(("dispatch=local", "engine.batch_invariant=true")),
     "batch-invariant, fp8 cache": Deployment(
@@ -163,13 +172,14 @@ def stored(engine: RankEngine) -> tuple[Tensor, ...]:
 
 def program(engine: RankEngine, groups: Groups, padding_row: int) -> tuple[Outcome, Outcome]:
     """The same decode step as the runner makes it and in fixed shapes."""
-    runner, plan = engine.runner, prompts(groups.dp.rank)
+    runner, plan, recorder = engine.runner, prompts(groups.dp.rank), engine.recorder
+    assert recorder is not None
     local = ROWS // runner.tp
     runner.run(plan, GroupStep(Phase.MIXED, ROWS, local, 1, local))
-    before, kept = engine.recorder.counts(), [cache.clone() for cache in stored(engine)]
+    before, kept = recorder.counts(), [cache.clone() for cache in stored(engine)]
     plan = next_tokens(plan)
     eager = runner.run(plan, GroupStep(Phase.DECODE, ROWS, local, 1, local))
-    after = engine.recorder.counts()
+    after = recorder.counts()
     first = Outcome(eager, tuple(cache.clone() for cache in stored(engine)), after - before)
     for cache, was in zip(stored(engine), kept, strict=True):
         cache.copy_(was)
@@ -182,7 +192,7 @@ def program(engine: RankEngine, groups: Groups, padding_row: int) -> tuple[Outco
         groups.ep.barrier()
     groups.ep.barrier()
     assert bool(logits.isfinite().all()), "padding rows too"
-    counts = engine.recorder.counts() - after
+    counts = recorder.counts() - after
     return first, Outcome(logits[: len(plan.chunks)], tuple(cache.clone() for cache in stored(engine)), counts)
 
 

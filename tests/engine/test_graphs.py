@@ -18,6 +18,7 @@ from torch import Tensor
 from moe_runtime.cache.latent import LatentKVCache
 from moe_runtime.cli.doctor import doctor
 from moe_runtime.comm.base import Communicator
+from moe_runtime.comm.overdue import Completable, Overdue
 from moe_runtime.comm.together import ProcessTogether, virtual_together
 from moe_runtime.comm.virtual import VirtualCluster, virtual_groups
 from moe_runtime.config import EngineConfig, RuntimeConfig
@@ -341,12 +342,22 @@ def test_a_failed_device_hides_no_first_error(monkeypatch: pytest.MonkeyPatch) -
     assert cuda.current == "main" and cuda.calls[-1] == cuda.fails
 
 
+class Clock(Overdue):
+    """Says what it is given to watch."""
+
+    def __init__(self, added: list[tuple[str, tuple[int, ...], bool]]) -> None:
+        self._added = added
+
+    def add(self, label: str, ranks: Sequence[int], work: Completable) -> None:
+        self._added.append((label, tuple(ranks), work.is_completed()))
+
+
 def test_a_replay_that_hangs_is_overdue(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for it on the host, so the clock of the process's operations watches it."""
     added: list[tuple[str, tuple[int, ...], bool]] = []
     process = SimpleNamespace(
         whereabouts=SimpleNamespace(fault=None),
-        overdue=SimpleNamespace(add=lambda what, ranks, work: added.append((what, ranks, work.is_completed()))),
+        overdue=Clock(added),
         world=3,
     )
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, query=lambda: False))

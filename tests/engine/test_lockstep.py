@@ -56,6 +56,8 @@ def test_chunks_are_even_and_under_the_cap() -> None:
 def test_decode_steps_take_the_size_of_a_graph() -> None:
     limits = LockstepLimits(tp=2, graph_sizes=(2, 4, 8), max_decode_tokens=3)
     assert limits.captured_sizes == (2, 4), "8 rows take two turns"
+    cut = LockstepLimits(tp=2, graph_sizes=(2, 4, 8), max_decode_tokens=3, two_batch_decode_tokens=8)
+    assert cut.captured_sizes == (2, 4, 8), "as two micro-batches they fit"
     step = agree(tokens(3, 0, 1, decode=True), limits=limits)
     assert (step.padded_tokens, step.graph, step.capacity, step.num_chunks) == ((4, 4, 4), True, 2, 1)
     assert not agree(tokens(3, 0, 1), limits=limits).graph, "prompts"

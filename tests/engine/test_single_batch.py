@@ -11,11 +11,10 @@ import pytest
 from moe_runtime import LLM
 from moe_runtime.cli.console import PlainConsole
 from moe_runtime.cli.generate import _show_speed
-from moe_runtime.engine.engine import _decode, _encode, _group_step
 from moe_runtime.engine.lockstep import LockstepLimits, Wish, agree
-from moe_runtime.engine.messages import GroupCommands
 from moe_runtime.engine.plan import StepPlan
 from moe_runtime.engine.runner import GroupStep
+from moe_runtime.engine.step_header import decode_step, encode_step
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.compose import compose
 from moe_runtime.launch.shuffle import split_line
@@ -70,8 +69,8 @@ def test_which_steps() -> None:
         assert agreed.split_combine is split, (count, decode)
         assert not agree([Wish(0, count, decode), Wish()], limits=replace(limits, split_combine=False)).split_combine
         step = GroupStep.of(agreed, 0)
-        header, _ = _decode(_encode(step, StepPlan(()), GroupCommands()))
-        assert _group_step(header) == step, "told to the group's other ranks"
+        told, _, stop, report = decode_step(encode_step(step, StepPlan(()), stop=False, report=True))
+        assert (told, stop, report) == (step, False, True), "told to the group's other ranks"
 
 
 def test_whether_is_told(folder: Path) -> None:

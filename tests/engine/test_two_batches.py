@@ -17,7 +17,7 @@ from moe_runtime.dispatch.base import Phase
 from moe_runtime.engine.lockstep import LockstepLimits, Wish, agree, cut_rows
 from moe_runtime.engine.plan import ChunkKind, SequenceChunk, StepPlan
 from moe_runtime.launch.compose import compose
-from moe_runtime.launch.shuffle import overlap_line, overlaps
+from moe_runtime.launch.shuffle import overlap_line, overlaps, overlaps_decode
 from tests.api.tiny import greedy, tokens, write_tiny
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15], [16, 17], [18, 19, 20, 21, 22]]
@@ -120,8 +120,19 @@ def test_whether_is_told() -> None:
     assert overlap_line(compose([]).config) == "off: ep=1, nothing travels"
     over_nccl = replace(config, device="cuda", launcher="torchrun", ranks_per_node=4)
     assert overlap_line(over_nccl) == "two batches from 512 rows of a DP group with prompts on, in decode 128 rows"
+    assert overlap_line(compose(["ep=8", "tp=4", *ON]).config).endswith(
+        "from 8 rows of a DP group with prompts on, in decode 8 rows"
+    )
     assert overlap_line(replace(over_nccl, ranks_per_node=8)).endswith("in decode never (one node)")
     assert not overlaps(replace(over_nccl, launcher="virtual"))
+    for name in ("nvshmem", "symm_mem"):
+        assert (
+            overlap_line(replace(over_nccl, dispatch=name))
+            == f"off: dispatch={name} moves rows on the stream that computes"
+        )
+    apart = replace(over_nccl, dispatch="all_to_all", decode_dispatch="nvshmem")
+    assert overlap_line(apart).endswith("in decode never (nvshmem moves rows on the stream that computes)")
+    assert overlaps(apart) and not overlaps_decode(apart)
     on = compose(["ep=8", *ON]).config
     assert (
         overlaps(on) and overlap_line(on) == "two batches from 2 rows of a DP group with prompts on, in decode 2 rows"

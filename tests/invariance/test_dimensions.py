@@ -72,6 +72,7 @@ DIMENSIONS: Final = MappingProxyType(
         "page-size": ["engine.page_size=5"],
         "redundant-static": ["ep=4", "placement.num_redundant_experts=7"],
         "redundant-turns": ["ep=4", "placement.num_redundant_experts=7", "placement.replica_choice=round_robin"],
+        "redundant-waterfill": ["ep=4", "placement.num_redundant_experts=7", "placement.replica_choice=waterfill"],
         "redundant-nearest": [
             "ep=4",
             "placement.num_redundant_experts=7",

@@ -84,7 +84,7 @@ def variants(draw: st.DrawFn, *, model: Model, tp: int, longest: int) -> Variant
         f"ep={dp * tp}",
         f"dispatch={dispatch}",
         f"placement.num_redundant_experts={draw(st.sampled_from([0, 1, 9]))}",
-        f"placement.replica_choice={draw(st.sampled_from(['static', 'round_robin', 'nearest']))}",
+        f"placement.replica_choice={draw(st.sampled_from(['static', 'round_robin', 'nearest', 'waterfill']))}",
         f"ranks_per_node={draw(st.sampled_from([1, 2, 8]))}",
         f"engine.padding={draw(st.sampled_from(['own', 'max']))}",
         f"engine.max_num_batched_tokens={batched}",

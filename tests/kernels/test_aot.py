@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,4 +43,8 @@ def test_what_exceeds_a_limit_is_named() -> None:
     fine = Resources("norm", "wide", 64, 0, MAX_SHARED_BYTES, 1, wgmma=False, tma=False)
     assert fine.excess(case) is None
     spilled = Resources("norm", "wide", 65, 8, 0, 1, wgmma=False, tma=False)
+    by_value = Resources("norm", "wide", 1, 0, 0, 1, wgmma=False, tma=False, narrow=16)
+    assert by_value.excess(case) is None
+    wide = replace(case, max_narrow=0)
+    assert by_value.excess(wide) == "norm wide: 16 loads and stores by 1 or 2 bytes, at most 0"
     assert spilled.excess(case) == "norm wide: 65 registers, at most 64; 8 spilled bytes, at most 0"

@@ -143,6 +143,21 @@ def test_generate_from_file_to_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert sorted(tmp_path.iterdir()) == [prompts, output]
 
 
+def test_generate_says_what_is_in_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("import os\n", encoding="utf-8")
+    words = ["ep=2", f"prompts={prompts}", "sampling.max_tokens=1", "engine.kv_cache_dtype=fp8"]
+    assert main([*words, "decode_dispatch=all_gather", "engine.two_batch_overlap=on"]) == ExitCode.OK
+    text = capsys.readouterr().out
+    for part in (
+        "not deep_ep, nvshmem, symm_mem: device=cpu, and it needs a GPU per rank",
+        "dispatch  all_to_all and all_gather, 0 redundant experts",
+        "overlap   two batches from 512 rows",
+        "KV cache  latents in FP8 with scales",
+    ):
+        assert part in text
+
+
 def test_a_prompt_that_can_never_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "long.jsonl"
     prompts.write_text(json.dumps({"prompt": [5] * 3000}), encoding="utf-8")

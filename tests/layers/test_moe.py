@@ -170,6 +170,7 @@ VARIANTS = [
     Variant(ep=4, dispatch="all_to_all", layout=Layout.PADDED, redundant=4, choice=ReplicaChoice.ROUND_ROBIN),
     Variant(ep=4, dispatch="all_gather", redundant=4, choice=ReplicaChoice.NEAREST, max_chunk_tokens=3),
     Variant(ep=4, dispatch="all_gather", layout=Layout.PADDED),
+    Variant(ep=4, dispatch="all_to_all", redundant=4, choice=ReplicaChoice.WATERFILL, max_chunk_tokens=3),
     Variant(ep=2, dispatch="all_to_all", max_chunk_tokens=2),
     Variant(ep=32, dispatch="all_to_all"),
     Variant(ep=4, dispatch="all_to_all", split_combine=True),
@@ -246,6 +247,7 @@ def test_padding_rows_are_neither_counted_nor_computed() -> None:
         Variant(dispatched=True),
         Variant(ep=2, dispatch="all_gather", redundant=4, choice=ReplicaChoice.ROUND_ROBIN, max_chunk_tokens=2),
         Variant(ep=2, dispatch="all_to_all", redundant=4, choice=ReplicaChoice.NEAREST),
+        Variant(ep=2, dispatch="all_gather", redundant=4, dispatched=True, choice=ReplicaChoice.WATERFILL),
     ],
     ids=lambda v: f"{v.dispatch}-{v.choice}",
 )

@@ -82,7 +82,7 @@ FACTORS: Final = MappingProxyType(
         "tp": ("1", "2", "4"),
         "dispatch": ("local", "all_to_all", "all_gather"),
         "placement.num_redundant_experts": ("0", "5"),
-        "placement.replica_choice": ("static", "round_robin", "nearest"),
+        "placement.replica_choice": ("static", "round_robin", "nearest", "waterfill"),
         "shared_experts": ("replicated", "dispatched"),
         "engine.max_num_batched_tokens": ("2048", "11"),
         "engine.dispatch_buffer_bytes": ("256MiB", "40KiB"),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_kernels.backends import choose_backend, require
 from moe_kernels.experts import eager
-from moe_kernels.experts.weights import ExpertWeights, OneSlot, allocate_experts, prepare_experts
+from moe_kernels.experts.weights import ExpertWeights, OneSlot, allocate_experts, plain_like, prepare_experts
 from moe_kernels.grouped_gemm.layout import RowMarks, SlotRows, padded_rows, ragged_rows
 from moe_kernels.grouped_gemm.operands import (
     BACKENDS,
@@ -22,7 +22,15 @@ from moe_kernels.grouped_gemm.operands import (
     weigh,
 )
 
-__all__ = ["ExpertWeights", "OneSlot", "allocate_experts", "expert_mlp_padded", "expert_mlp_ragged", "prepare_experts"]
+__all__ = [
+    "ExpertWeights",
+    "OneSlot",
+    "allocate_experts",
+    "expert_mlp_padded",
+    "expert_mlp_ragged",
+    "plain_like",
+    "prepare_experts",
+]
 
 OP = "experts"
 

@@ -49,6 +49,11 @@ class ExpertWeights:
         """Memory that the weights hold."""
         return num_bytes(self.w13) + num_bytes(self.w2)
 
+    @property
+    def is_fixed(self) -> bool:
+        """Slots stay where they are in memory when they are written; packed ones do not."""
+        return not isinstance(self.w13, PackedSlots)
+
     def slots(self, start: int, stop: int) -> ExpertWeights:
         """Slots `start <= e < stop`, at least one, without a copy. For use at once: a packed slot that is written later
         stays here as it was."""
@@ -77,6 +82,42 @@ class ExpertWeights:
     def read_slot(self, slot: int) -> tuple[OneSlot, OneSlot]:
         """Copies of one slot's weights, `(w13 [2I, H], w2 [H, I])`: plain, or block-scaled where the slots are."""
         return _copy(self.w13, slot), _copy(self.w2, slot)
+
+    def swap_slot_(self, slot: int, other: ExpertWeights) -> None:
+        """Exchange one slot's weights with the same slot of `other`, in place in both. Takes memory for two slots."""
+        mine, theirs = self.read_slot(slot), other.read_slot(slot)
+        self.write_slot_(slot, w13=theirs[0], w2=theirs[1])
+        other.write_slot_(slot, w13=mine[0], w2=mine[1])
+
+    def slot_tensors(self, slot: int) -> tuple[Tensor, ...]:
+        """All that one slot consists of, contiguous: w13 and w2, each followed by its scales where it is block-scaled.
+        Views of fixed storage; of packed slots plain copies."""
+        return _tensors(self.w13, slot) + _tensors(self.w2, slot)
+
+
+def plain_like(weights: ExpertWeights) -> ExpertWeights:
+    """Zero slots of the same shapes and dtypes in fixed storage, also where `weights` are packed."""
+    return ExpertWeights(_plain_zeros(weights.w13), _plain_zeros(weights.w2))
+
+
+def _plain_zeros(w: SlotWeights) -> SlotWeights:
+    match w:
+        case PackedSlots():
+            return torch.zeros(w.shape, dtype=w.dtype)
+        case BlockScaled():
+            return BlockScaled(torch.zeros_like(w.data), torch.zeros_like(w.scale))
+        case _:
+            return torch.zeros_like(w)
+
+
+def _tensors(w: SlotWeights, slot: int) -> tuple[Tensor, ...]:
+    match w:
+        case PackedSlots():
+            return (w.parts[slot].dense().contiguous(),)
+        case BlockScaled():
+            return w.data[slot], w.scale[slot]
+        case _:
+            return (w[slot],)
 
 
 def _check_slot(slot: int, name: str, old: SlotWeights, new: OneSlot) -> None:

@@ -46,7 +46,7 @@ class Assembly:
     placement: ExpertPlacement
     selector: ReplicaSelector
     dispatcher: Dispatcher[Any]
-    recorder: LoadRecorder
+    recorder: LoadRecorder | None
     shared_experts: SharedExpertsMode
     batch_invariant: bool
     expert_dtype: torch.dtype

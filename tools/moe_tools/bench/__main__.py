@@ -28,9 +28,17 @@ def main() -> None:
             from moe_tools.bench.fabric.run import main as run_fabric
 
             run_fabric(rest)
+        case ["recorder", *rest]:
+            from moe_tools.bench.recorder import main as run_recorder
+
+            run_recorder(rest)
+        case ["balance", *rest]:
+            from moe_tools.bench.balance import main as run_balance
+
+            run_balance(rest)
         case words:
             raise SystemExit(
-                "python -m moe_tools.bench throughput|ranks|kernels|slice|fabric …: "
+                "python -m moe_tools.bench throughput|ranks|kernels|slice|fabric|recorder|balance …: "
                 f"{' '.join(words) or 'nothing'} given"
             )
 

@@ -1,0 +1,153 @@
+"""A trace of expert loads: what a run has recorded, read back. The format stands in docs/balance.md, "Traces".
+
+W windows, L MoE layers, E logical experts, N tokens with routes, K top-k. A folder holds `trace.json` (TraceHeader) and
+parts `part-00000.safetensors`, …, of whole windows each, all written by renaming, so a trace can be read while a run
+writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from moe_runtime.balance.trace_header import HEADER_FILE, TraceHeader, has_trace, read_header
+from moe_runtime.balance.trace_parts import (
+    PHASES,
+    TOKEN_COLUMNS,
+    WINDOW_COLUMNS,
+    PartsGoneError,
+    Window,
+    empty_columns,
+    read_parts,
+)
+from moe_runtime.balance.trace_writer import TraceWriter
+from moe_runtime.errors import TraceError
+
+__all__ = [
+    "HEADER_FILE",
+    "PHASES",
+    "Trace",
+    "TraceHeader",
+    "TraceWriter",
+    "Window",
+    "has_trace",
+    "read_header",
+    "read_trace",
+    "replay",
+    "trace_of",
+]
+
+_ATTEMPTS: Final = 5
+"""A run that writes may drop its oldest part while it is read."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Trace:
+    """Loads in windows of steps, each of one phase; where `header.mode` is per_token also every token's routes.
+
+    All tensors are on the CPU. Tokens of a window stand in the order of home rank and time.
+    """
+
+    header: TraceHeader
+    loads: Tensor
+    """[W, L, E] int64: assignments of real tokens per logical expert"""
+    rank_loads: Tensor
+    """[W, L, ep] int64: rows that each rank received"""
+    phases: tuple[str, ...]
+    """[W]: "decode" (steps without prompt tokens) or "mixed" """
+    window_steps: Tensor
+    """[W] int64: steps of this phase in the window"""
+    num_tokens: Tensor
+    """[W] int64: real tokens of all ranks"""
+    first_step: Tensor
+    """[W] int64: the engine's number of the first step counted in it"""
+    last_step: Tensor
+    """[W] int64"""
+    routes: Tensor
+    """[N, L, K] int16: logical ids, -1 where there is none; N = 0 unless per_token"""
+    request: Tensor
+    """[N] int64: the request's number within the run"""
+    position: Tensor
+    """[N] int64: within the request, prompt first"""
+    step: Tensor
+    """[N] int64: the engine's number of the step that ran the token"""
+    home: Tensor
+    """[N] int64: the ep rank on which the token enters the dispatch"""
+    is_prompt: Tensor
+    """[N] bool"""
+    window: Tensor
+    """[N] int64: the window, 0..W-1, in which the token was counted"""
+
+    @property
+    def num_windows(self) -> int:
+        return self.loads.shape[0]
+
+    @property
+    def total_loads(self) -> Tensor:
+        """[L, E] int64: over all windows."""
+        return self.loads.sum(0)
+
+    @property
+    def total_rank_loads(self) -> Tensor:
+        """[L, ep] int64: over all windows."""
+        return self.rank_loads.sum(0)
+
+    def of_phase(self, phase: str) -> Trace:
+        """The windows of one phase and their tokens. TraceError for an unknown phase."""
+        if phase not in PHASES:
+            raise TraceError(f"phase={phase!r}: must be one of {', '.join(PHASES)}.")
+        keep = torch.tensor([own == phase for own in self.phases], dtype=torch.bool)
+        tokens = keep[self.window]
+        number = keep.long().cumsum(0) - 1
+        own = {name: getattr(self, name)[keep] for name in WINDOW_COLUMNS if name != "phases"}
+        own |= {name: getattr(self, name)[tokens] for name in TOKEN_COLUMNS}
+        own["window"] = number[own["window"]]
+        return Trace(header=self.header, phases=(phase,) * int(keep.sum()), **own)
+
+    def check_model(self, *, num_layers: int, num_logical: int, model: str | None = None) -> None:
+        """TraceError where the trace is of another model."""
+        self.header.check_model(num_layers=num_layers, num_logical=num_logical, model=model)
+
+
+def read_trace(folder: str | Path) -> Trace:
+    """The trace in `folder`, as far as it is written.
+
+    Raises TraceError where there is none, it is of an unknown version, cut short, or holds what no run records.
+    """
+    for attempt in range(_ATTEMPTS):
+        header = read_header(folder)
+        try:
+            return trace_of(header, read_parts(Path(folder), header))
+        except PartsGoneError:
+            if header.complete or attempt + 1 == _ATTEMPTS:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def trace_of(header: TraceHeader, parts: Sequence[Mapping[str, Tensor]]) -> Trace:
+    """A trace from the checked columns of its parts (`trace_parts.check_columns`), in order."""
+    values = empty_columns(header, {**WINDOW_COLUMNS, **TOKEN_COLUMNS})
+    offset, shifted = 0, []
+    for part in parts:
+        shifted.append({**part, "window": part["window"] + offset})
+        offset += part["loads"].shape[0]
+    columns = {name: torch.cat([empty, *(part[name] for part in shifted)]) for name, empty in values.items()}
+    phases = tuple([PHASES[index] for index in columns.pop("phases").tolist()])
+    return Trace(header=header, phases=phases, **columns)
+
+
+def replay(trace: Trace) -> Tensor:
+    """`[W, L, E] int64`: the loads that follow from the routes; equal to `trace.loads` where all were recorded."""
+    windows, layers, experts = trace.loads.shape
+    counts = torch.zeros(windows * layers * (experts + 1), dtype=torch.int64)
+    place = trace.window.view(-1, 1, 1) * layers + torch.arange(layers).view(1, -1, 1)
+    ids = trace.routes.long()
+    ids = torch.where(ids < 0, experts, ids)
+    index = (place * (experts + 1) + ids).flatten()
+    counts.scatter_add_(0, index, torch.ones_like(index))
+    return counts.view(windows, layers, experts + 1)[:, :, :experts].contiguous()

@@ -1,0 +1,199 @@
+"""The parts of a trace: safetensors files of windows and routes. Symbols as in trace.py; w, n of one part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from moe_runtime.balance.trace_header import FORMAT, VERSION, TraceHeader
+from moe_runtime.errors import TraceError
+
+PHASES: Final = ("decode", "mixed")
+"""In the files, a phase is its index here."""
+
+_PART: Final = re.compile(r"part-(\d{5,})\.safetensors")
+
+
+class Column(NamedTuple):
+    """A tensor of a part: its first dim is w or n, then these of the header."""
+
+    dtype: torch.dtype
+    dims: tuple[str, ...] = ()
+    least: int = 0
+
+
+WINDOW_COLUMNS: Final[Mapping[str, Column]] = MappingProxyType(
+    {
+        "loads": Column(torch.int64, ("num_layers", "num_logical")),
+        "rank_loads": Column(torch.int64, ("num_layers", "ep")),
+        "phases": Column(torch.uint8),
+        "window_steps": Column(torch.int64, least=1),
+        "num_tokens": Column(torch.int64),
+        "first_step": Column(torch.int64),
+        "last_step": Column(torch.int64),
+    }
+)
+TOKEN_COLUMNS: Final[Mapping[str, Column]] = MappingProxyType(
+    {
+        "routes": Column(torch.int16, ("num_layers", "top_k"), least=-1),
+        "request": Column(torch.int64),
+        "position": Column(torch.int64),
+        "step": Column(torch.int64),
+        "home": Column(torch.int64),
+        "is_prompt": Column(torch.bool),
+        "window": Column(torch.int64),
+    }
+)
+"""`window` counts within the part there, within the trace in a Trace."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Window:
+    """The loads of some steps of one phase, of all ranks."""
+
+    phase: str
+    first_step: int
+    last_step: int
+    num_steps: int
+    num_tokens: int
+    loads: Tensor
+    """[L, E] int64"""
+    rank_loads: Tensor
+    """[L, ep] int64"""
+
+
+class PartsGoneError(TraceError):
+    """Parts that the header names are not there: a run that writes has dropped them, or they were never copied."""
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}.safetensors"
+
+
+def part_bytes(header: TraceHeader, *, windows: int, tokens: int) -> int:
+    """What so many windows and tokens with routes take in a part, but for its few hundred bytes of names."""
+    total = 0
+    for columns, count in ((WINDOW_COLUMNS, windows), (TOKEN_COLUMNS, tokens)):
+        for column in columns.values():
+            total += count * column.dtype.itemsize * _product(header, column.dims)
+    return total
+
+
+def encode_part(windows: Sequence[Window], tokens: Mapping[str, Tensor]) -> bytes:
+    """A part of these windows; `tokens`: TOKEN_COLUMNS, or nothing."""
+    columns = {
+        "loads": torch.stack([window.loads for window in windows]),
+        "rank_loads": torch.stack([window.rank_loads for window in windows]),
+        "phases": torch.tensor([PHASES.index(window.phase) for window in windows], dtype=torch.uint8),
+        "window_steps": torch.tensor([window.num_steps for window in windows]),
+        "num_tokens": torch.tensor([window.num_tokens for window in windows]),
+        "first_step": torch.tensor([window.first_step for window in windows]),
+        "last_step": torch.tensor([window.last_step for window in windows]),
+        **tokens,
+    }
+    data: bytes = save(
+        {name: column.contiguous() for name, column in columns.items()},
+        metadata={"format": FORMAT, "version": str(VERSION)},
+    )
+    return data
+
+
+def read_parts(folder: Path, header: TraceHeader) -> list[dict[str, Tensor]]:
+    """The checked columns of each part, in order. TraceError; PartsGoneError where one of the header's is missing."""
+    found = {int(match[1]): file for file in folder.iterdir() if (match := _PART.fullmatch(file.name))}
+    numbers = range(header.first_part, max(header.next_part, *(number + 1 for number in found), 0))
+    if gone := [number for number in numbers if number not in found]:
+        raise PartsGoneError(
+            f"{str(folder)!r}: {part_name(gone[0])} is missing ({len(gone)} parts are), {header.first_part} to "
+            f"{numbers.stop - 1} must be there. Copy the whole folder, or record again."
+        )
+    return [read_part(found[number], header) for number in numbers]
+
+
+def read_part(file: Path, header: TraceHeader) -> dict[str, Tensor]:
+    """The checked columns of one part. TraceError; PartsGoneError where the file has just been dropped."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError as error:
+        raise PartsGoneError(f"{str(file)!r} is gone.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise TraceError(
+            f"{str(file)!r} cannot be read: {error}. It was cut short or is no part of a trace: copy it again, or "
+            "record again."
+        ) from error
+    try:
+        return check_columns(header, tensors)
+    except TraceError as error:
+        raise TraceError(f"{str(file)!r}: {error}") from error
+
+
+def check_columns(header: TraceHeader, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All columns of a part; those of tokens are empty where it has none. TraceError where one is not as recorded."""
+    found: dict[str, Tensor] = {}
+    for columns, leader in ((WINDOW_COLUMNS, "loads"), (TOKEN_COLUMNS, "routes")):
+        absent = [name for name in columns if name not in tensors]
+        if absent and (columns is WINDOW_COLUMNS or len(absent) < len(columns)):
+            raise TraceError(f"the tensor {absent[0]} is missing. Record again.")
+        if absent:
+            found |= empty_columns(header, columns)
+            continue
+        count = tensors[leader].shape[0] if tensors[leader].dim() else 0
+        for name, column in columns.items():
+            _check(name, tensors[name], column, (count, *(getattr(header, dim) for dim in column.dims)))
+            found[name] = tensors[name]
+    _in_range("phases", found["phases"], len(PHASES))
+    _in_range("routes", found["routes"], header.num_logical)
+    _in_range("window", found["window"], found["loads"].shape[0])
+    _in_range("home", found["home"], header.ep)
+    return found
+
+
+def empty_columns(header: TraceHeader, columns: Mapping[str, Column]) -> dict[str, Tensor]:
+    """Columns without entries."""
+    return {
+        name: torch.empty(0, *(getattr(header, dim) for dim in column.dims), dtype=column.dtype)
+        for name, column in columns.items()
+    }
+
+
+def _check(name: str, tensor: Tensor, column: Column, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise TraceError(f"{name} is {tuple(tensor.shape)}, the header says {shape}. It is of another trace.")
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        where = (~tensor.isfinite()).nonzero()[0].tolist()
+        raise TraceError(f"{name}{where} is {float(tensor[tuple(where)])}: counts must be whole numbers. Record again.")
+    if tensor.dtype != column.dtype:
+        raise TraceError(f"{name} is {tensor.dtype}: must be {column.dtype}. Record again.")
+    if tensor.dtype != torch.bool and tensor.numel() and int(tensor.min()) < column.least:
+        where = (tensor < column.least).nonzero()[0].tolist()
+        raise TraceError(
+            f"{name}{where} is {int(tensor[tuple(where)])}: must be at least {column.least}. Record again."
+        )
+
+
+def _in_range(name: str, tensor: Tensor, end: int) -> None:
+    if tensor.numel() and int(tensor.max()) >= end:
+        where = (tensor >= end).nonzero()[0].tolist()
+        raise TraceError(f"{name}{where} is {int(tensor[tuple(where)])}: must be below {end}. Record again.")
+
+
+def _product(header: TraceHeader, dims: Sequence[str]) -> int:
+    total = 1
+    for dim in dims:
+        total *= int(getattr(header, dim))
+    return total
+
+
+def stray_parts(folder: Path) -> Iterator[Path]:
+    """Parts in `folder`, whoever wrote them."""
+    return (file for file in folder.iterdir() if _PART.fullmatch(file.name))

@@ -1,0 +1,325 @@
+"""Experts on the move between virtual ranks: what arrives, what is checked, what a failure leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_runtime.comm.virtual import VirtualCommunicator
+from moe_runtime.engine import rebalance
+from moe_runtime.engine.rebalance_plan import Planning, in_background
+from moe_runtime.engine.rebalance_state import Activity, Stage
+from moe_runtime.errors import CommunicationError
+from moe_runtime.parallel.replicas import ReplicaChoice
+from tests.engine.moving_world import FP8, MovingWorld, Row, forced
+
+OLD: list[Row] = [[0, 1, 2, 3, 4, 5, 6, 0], [0, 1, 2, 3, 4, 5, 6, 6], [0, 1, 2, 3, 4, 5, 6, 1]]
+NEW: list[Row] = [[4, 1, 0, 3, 2, 6, 5, 3], [6, 1, 2, 0, 4, 5, 3, 2], [0, 1, 2, 3, 4, 5, 6, 4]]
+"""Swaps between ranks, chains, a local move (layer 1: expert 6), copies that change hands, a slot that stays."""
+
+Make = Callable[..., MovingWorld]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    worlds: list[MovingWorld] = []
+
+    def one(*args: Any, **kwargs: Any) -> MovingWorld:
+        worlds.append(MovingWorld(*args, **kwargs))
+        return worlds[-1]
+
+    yield one
+    for world in worlds:
+        world.cluster.close()
+
+
+@pytest.fixture
+def decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 decides for NEW."""
+    monkeypatch.setattr(rebalance, "decide", lambda *args, **kwargs: forced(dict(enumerate(NEW))))
+
+
+# What arrives
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (torch.float32, (32, 16)),
+        (torch.bfloat16, (32, 16)),
+        (torch.float16, (31, 5)),
+        (FP8, (128, 64)),
+        (torch.float32, (256, 160)),
+    ],
+    ids=["fp32", "bf16", "odd sizes", "fp8 with scales", "packed"],
+)
+def test_every_form_of_weights(make: Make, decided: None, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    world = make(OLD, dtype=dtype, shape=shape)
+    assert world.weights(0, 0).is_fixed == (shape != (256, 160))
+    world.check(OLD)
+    state = world.migrate()
+    assert (state.activity, state.num_layers_committed, state.num_layers_abandoned) == (Activity.WATCHING, 3, 0)
+    assert state.last_failure is None and state.num_migrations == 1
+    world.check(NEW)
+    assert [placement.phy2log.tolist() for placement in world.saved] == [NEW]
+
+
+@pytest.mark.parametrize("choice", list(ReplicaChoice))
+def test_maps_and_storage_stay_where_they_are(make: Make, decided: None, choice: ReplicaChoice) -> None:
+    """Two migrations, there and back; what a captured graph would read has not moved."""
+    world = make(OLD, choice=choice)
+    slots = [own.slot_tensors(slot) for rank in range(4) for own in [world.weights(rank, 0)] for slot in range(2)]
+    before = [part.data_ptr() for parts in slots for part in parts]
+    maps = [list(selector.addresses) for selector in world.selectors]
+    world.migrate()
+    world.check(NEW)
+    slots = [own.slot_tensors(slot) for rank in range(4) for own in [world.weights(rank, 0)] for slot in range(2)]
+    assert before == [part.data_ptr() for parts in slots for part in parts]
+    assert maps == [list(selector.addresses) for selector in world.selectors]
+
+
+def test_no_step_carries_more_than_the_budget(make: Make, decided: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots of 6 KiB, 2 rows of 4 KiB, one of them a step."""
+    world = make(OLD, bytes_per_step=4096)
+    sent: dict[tuple[int, int], int] = {}
+    original = VirtualCommunicator.all_to_all
+
+    def watched(self: VirtualCommunicator, x: Tensor, send: Any, receive: Any) -> Tensor:
+        if x.dtype is torch.uint8:
+            assert sent.setdefault((world.steps, self.rank), x.nbytes) == x.nbytes
+            assert max(x.nbytes, sum(receive) * x.shape[1]) <= 4096
+        return original(self, x, send, receive)
+
+    monkeypatch.setattr(VirtualCommunicator, "all_to_all", watched)
+    progress = [world.step().layer_progress]
+    while world.ranks[0].moving:
+        progress.append(world.step(worked=False).layer_progress)
+    assert max(progress) >= 0.5 and world.state.layers_left == 0, "progress shows"
+    world.check(NEW)
+    assert len({step for step, _ in sent}) >= 6, "a layer takes several steps"
+
+
+def test_a_layer_commits_on_all_ranks_between_the_same_steps(make: Make, decided: None) -> None:
+    world = make(OLD)
+    world.step()
+    for layer in range(3):
+        world.check([*NEW[:layer], *OLD[layer:]])
+        world.step(worked=False)
+    world.check(NEW)
+
+
+def test_ranks_that_idle_move_on(make: Make, decided: None) -> None:
+    world = make(OLD)
+    assert world.step(worked=False).activity is Activity.WATCHING, "no tokens, no decision"
+    assert world.step().activity is Activity.MOVING
+    world.migrate()
+    world.check(NEW)
+
+
+# What a failure leaves behind
+
+
+@pytest.mark.parametrize("stage", [Stage.SEND, Stage.CHECKSUM, Stage.CANARY, Stage.COMMIT])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_rank_that_fails_at_a_stage(make: Make, decided: None, stage: Stage, rank: int) -> None:
+    """The layer that moves then is abandoned on all ranks; those before and after it are not."""
+
+    def fail(at: Stage, where: int, layer: int | None) -> None:
+        if (at, where, layer) == (stage, rank, 1):
+            raise OSError("a fault of the test")
+
+    world = make(OLD, on_stage=fail)
+    state = world.migrate()
+    assert (state.num_layers_committed, state.num_layers_abandoned) == (2, 1)
+    assert state.last_failure is not None
+    assert (state.last_failure.stage, state.last_failure.layer) == (stage, 1)
+    assert f"rank {rank}: OSError: a fault of the test" in state.last_failure.reasons
+    world.check([NEW[0], OLD[1], NEW[2]])
+    world.on_stage = lambda stage, rank, layer: None
+    assert world.migrate().num_layers_committed == 5
+    world.check(NEW)
+
+
+def test_every_commit_stage_is_undone(make: Make, decided: None) -> None:
+    """Fail at the n-th thing that a rank does for a layer, for every n: never a mixture."""
+    for number in range(11):
+        seen: list[Stage] = []
+
+        def fail(stage: Stage, rank: int, layer: int | None, seen: list[Stage] = seen, number: int = number) -> None:
+            if (rank, layer) == (1, 0):
+                seen.append(stage)
+                if len(seen) == number + 1:
+                    raise ValueError("a fault of the test")
+
+        world = make(OLD, on_stage=fail)
+        state = world.migrate()
+        failed = len(seen) == number + 1
+        assert state.num_layers_abandoned == failed, seen
+        world.check([OLD[0] if failed else NEW[0], *NEW[1:]])
+        world.cluster.close()
+    assert not failed and len(seen) == 10, "the last run has no fault left to inject"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "at"),
+    [(torch.float32, (32, 16), 100), (FP8, (128, 64), 100), (FP8, (128, 64), 2 * 64 * 128 + 5)],
+    ids=["fp32", "fp8", "a scale"],
+)
+def test_a_bit_that_flips_on_the_way(
+    make: Make,
+    decided: None,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    at: int,
+) -> None:
+    world = make(OLD, dtype=dtype, shape=shape)
+    original = VirtualCommunicator.all_to_all
+
+    def flip(self: VirtualCommunicator, x: Tensor, send: Any, receive: Any) -> Tensor:
+        got = original(self, x, send, receive)
+        if x.dtype is torch.uint8 and self.rank == 2 and world.state.layer == 0:
+            got = got.clone()
+            got.view(-1)[at] ^= 4
+        return got
+
+    monkeypatch.setattr(VirtualCommunicator, "all_to_all", flip)
+    state = world.migrate()
+    assert state.last_failure is not None and state.last_failure.stage is Stage.CHECKSUM
+    (reason,) = state.last_failure.reasons
+    assert reason.startswith("rank 2: MismatchError: expert 2 of slot 4 arrived with other bits than slot 2 of rank 1")
+    world.check([OLD[0], *NEW[1:]])
+
+
+@pytest.mark.parametrize("tampered", [Stage.CANARY, Stage.COMMIT])
+def test_a_slot_that_is_not_what_was_checked(
+    make: Make, decided: None, monkeypatch: pytest.MonkeyPatch, tampered: Stage
+) -> None:
+    """Bits that change after the staging set was checked: the slot's own checksum finds them, and where they change
+    after that, the canary. The old weights come back, whatever the new ones were."""
+
+    def tamper(stage: Stage, rank: int, layer: int | None) -> None:
+        if (stage, rank, layer) == (tampered, 1, 2) and not done:
+            done.append(stage)
+            weights = world.ranks[1]._mover._staging if stage is Stage.COMMIT else world.weights(1, 2)
+            weights.slot_tensors(1)[0].mul_(2)
+
+    done: list[Stage] = []
+    wanted = [0, 1, 2, 4, 3, 5, 6, 1]
+    monkeypatch.setattr(rebalance, "decide", lambda *args, **kwargs: forced({2: wanted}))
+    world = make(OLD, on_stage=tamper)
+    state = world.migrate()
+    assert state.num_layers_abandoned == 1 and state.last_failure is not None
+    assert state.last_failure.stage is tampered
+    how = "gives canary outputs with" if tampered is Stage.CANARY else "was written with"
+    assert state.last_failure.reasons[0].startswith(f"rank 1: MismatchError: expert 4 of slot 3 {how} other bits")
+    world.check(OLD)
+
+
+def test_a_layer_that_takes_too_long(make: Make, decided: None) -> None:
+    world = make(OLD, bytes_per_step=4096, deadline_s=5.0)
+    world.step()
+    world.step(worked=False)
+    world.now = 5.1
+    state = world.step(worked=False)
+    assert state.last_failure is not None and state.last_failure.stage is Stage.DEADLINE
+    assert "rank 0: round 2 of" in str(state.last_failure) and "balance.deadline_s=5" in str(state.last_failure)
+    while world.ranks[0].moving:
+        world.step(worked=False)
+    assert world.state.num_layers_committed == 2
+    world.check([OLD[0], *NEW[1:]])
+
+
+def test_a_rank_that_does_not_come_is_named(make: Make, decided: None) -> None:
+    """No migration waits for ever: the communicator's own deadline ends it, as it ends a step."""
+    world = make(OLD)
+    world.step()
+    with pytest.raises(CommunicationError, match="rank 2 has returned"):
+        world.cluster.run(lambda rank: None if rank == 2 else world.ranks[rank].advance(1, worked=True))
+
+
+# Plans
+
+
+def test_a_planner_that_fails(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ValueError("no plan today")
+
+    monkeypatch.setattr(rebalance, "decide", fail)
+    world = make(OLD)
+    state = world.step()
+    assert state.activity is Activity.WATCHING and state.last_failure is not None
+    assert str(state.last_failure) == "the plan was abandoned at step 0 (plan): rank 0: ValueError: no plan today"
+    world.check(OLD)
+    assert world.step().activity is Activity.WATCHING, "and it is tried again"
+
+
+def test_a_plan_is_made_beside_the_steps(make: Make, decided: None) -> None:
+    import threading
+
+    go = threading.Event()
+    world = make(OLD, on_stage=lambda stage, rank, layer: go.wait(30) and None if stage is Stage.PLAN else None)
+    for rank in world.ranks:
+        rank._start = in_background
+    assert [world.step().activity for _ in range(3)] == [Activity.PLANNING] * 3
+    go.set()
+    while world.step().activity is Activity.PLANNING:
+        pass
+    world.migrate()
+    assert world.state.num_migrations == 1
+
+
+def test_a_plan_that_is_late_is_left_alone() -> None:
+    now = [0.0]
+    planning = Planning(lambda: forced({}), lambda work: Future(), clock=lambda: now[0], within_s=2.0)
+    assert planning.tidings() == b""
+    now[0] = 2.5
+    assert b"no plan within balance.deadline_s=2" in planning.tidings()
+
+
+def test_what_decides_is_the_window(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads of all ranks since the last decision, and the placement as it is now."""
+    seen = []
+
+    def note(loads: Tensor, steps: int, **kwargs: Any) -> Any:
+        seen.append((loads.clone(), steps, kwargs["now"].phy2log.tolist(), kwargs["first"].phy2log.tolist()))
+        return forced({0: NEW[0]})
+
+    monkeypatch.setattr(rebalance, "decide", note)
+    world = make(OLD)
+    for rank in world.ranks:
+        rank._recorder.loads = rank._recorder.loads * 3  # type: ignore[attr-defined]
+    world.migrate()
+    world.migrate()
+    assert (seen[0][0] == 4 * 2).all() and (seen[1][0] == 0).all()
+    assert seen[0][2:] == (OLD, OLD) and seen[1][2:] == ([NEW[0], *OLD[1:]], OLD)
+
+
+def test_ranks_with_other_forms_of_weights_move_nothing(make: Make, decided: None) -> None:
+    world = make(OLD)
+    world.ranks[3]._mover._form = ()
+    state = world.migrate()
+    assert state.activity is Activity.OFF and "different forms" in str(state.last_failure)
+    assert world.step().activity is Activity.OFF
+    world.check(OLD)
+
+
+def test_a_placement_that_cannot_be_saved(make: Make, decided: None) -> None:
+    world = make(OLD)
+
+    def full(placement: object) -> None:
+        raise OSError("disk full")
+
+    for rank in world.ranks:
+        object.__setattr__(rank._rules, "save", full)
+    world.step()
+    while world.ranks[0].moving:
+        world.cluster.run(lambda rank: world.ranks[rank].advance(9, worked=False))
+    failure = world.ranks[0].state.last_failure
+    assert failure is not None and failure.stage is Stage.SAVE and "disk full" in str(failure)
+    assert world.ranks[0].state.num_layers_committed == 3, "serving and the moves are not touched by it"

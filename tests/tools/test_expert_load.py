@@ -1,0 +1,206 @@
+"""The expert-load tool's numbers: against hand-made routes, brute force, and one another."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from moe_tools.expert_load.analysis import (
+    balancedness,
+    candidates,
+    expected_rank_loads,
+    hot_experts,
+    predicted_rank_loads,
+    spans,
+)
+from moe_tools.expert_load.document import make_document
+from moe_tools.expert_load.facts import Facts, find_facts
+from moe_tools.expert_load.planning import compare, make_plan
+from moe_tools.expert_load.routes import by_node, pairs, replay
+
+from moe_runtime.config import RuntimeConfig
+from moe_runtime.errors import ConfigError
+from moe_runtime.parallel.placement import ExpertPlacement
+from moe_runtime.parallel.replicas import ReplicaChoice
+from tests.tools.expert_load_traces import (
+    EP,
+    EXPERTS,
+    LAYERS,
+    TOKENS,
+    TOP_K,
+    WINDOWS,
+    homes,
+    random_routes,
+    without_placement,
+    write_trace,
+)
+
+SPARE = ExpertPlacement.uniform(
+    LAYERS, EXPERTS, ep=EP, num_redundant=EP, expected_load=[1 / (n + 1) for n in range(EXPERTS)]
+)
+
+
+def test_balancedness_by_hand() -> None:
+    found = balancedness(np.array([[1.0, 1.0], [3.0, 1.0], [0.0, 0.0]]))
+    assert found[:2].tolist() == [1.0, 2 / 3]
+    assert math.isnan(found[2])
+
+
+def test_replay_gives_what_was_counted(tmp_path: Path) -> None:
+    """Also under replicas: the trace's rows were counted token by token, by another route."""
+    trace = write_trace(tmp_path, placement=SPARE)
+    rows, sent = replay(trace, SPARE)
+    assert rows.tolist() == trace.rank_loads.tolist()
+    assert sent.ranks.sum() == trace.total_loads.sum() == WINDOWS * TOKENS * LAYERS * TOP_K
+    assert sent.ranks.sum(axis=0).tolist() == trace.rank_loads.sum((0, 1)).tolist()
+    assert sent.ranks.sum(axis=1).tolist() == (homes().bincount() * WINDOWS * LAYERS * TOP_K).tolist()
+
+
+def test_traffic_by_brute_force(tmp_path: Path) -> None:
+    """One row per assignment, once per rank, once per node; the sender's own rank and node left out."""
+    trace = write_trace(tmp_path)
+    _, sent = replay(trace, ExpertPlacement.uniform(LAYERS, EXPERTS, ep=EP))
+    off = per_rank = per_node = 0
+    for home, route in zip(trace.home.tolist(), trace.routes.tolist(), strict=True):
+        for experts in route:
+            owners = [expert * EP // EXPERTS for expert in experts]
+            off += sum(owner != home for owner in owners)
+            per_rank += len(set(owners) - {home})
+            per_node += len({owner // 2 for owner in owners} - {home // 2})
+    assert (sent.off_rank(), sent.to_ranks, sent.to_nodes) == (off, per_rank, per_node)
+    assert per_node < per_rank < off
+
+
+def test_between_nodes() -> None:
+    matrix = np.arange(9).reshape(3, 3)
+    assert by_node(matrix, 2).tolist() == [[0 + 1 + 3 + 4, 2 + 5], [6 + 7, 8]]
+
+
+def test_even_spread_is_what_the_planner_means(tmp_path: Path) -> None:
+    from moe_runtime.balance.planner import rank_loads
+
+    loads = write_trace(tmp_path).loads.double().numpy()
+    found = expected_rank_loads(loads, SPARE)
+    for window, rows in zip(loads, found, strict=True):
+        assert np.allclose(rows, rank_loads(window, SPARE))
+
+
+def test_prediction_is_exact_with_all_routes_only(tmp_path: Path) -> None:
+    trace, bare = write_trace(tmp_path / "a"), write_trace(tmp_path / "b", with_routes=False)
+    assert predicted_rank_loads(trace, SPARE, ReplicaChoice.STATIC)[1] is True
+    rows, exact = predicted_rank_loads(bare, SPARE, ReplicaChoice.STATIC)
+    assert not exact
+    assert np.allclose(rows.sum(axis=2), trace.loads.sum(2))
+
+
+def test_plain_placement_is_its_own_counterfactual(tmp_path: Path) -> None:
+    none, recorded = candidates(write_trace(tmp_path), None)
+    assert none.rank_loads.tolist() == recorded.rank_loads.tolist()
+    assert 0 < recorded.used < 1
+    assert recorded.slowest == pytest.approx(1 / recorded.used)
+
+
+def test_hot_experts(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path)
+    first, *rest = hot_experts(trace, trace.header.placement(), 5)
+    load = trace.total_loads
+    assert load[first.layer, first.expert] == first.tokens
+    assert first.times == pytest.approx(float((load.double() / load.double().mean(1, keepdim=True)).max()))
+    assert all(a.times >= b.times for a, b in pairwise([first, *rest]))
+    assert first.ranks == (first.expert * EP // EXPERTS,)
+
+
+def test_pairs_find_what_belongs_together() -> None:
+    routes = random_routes().flatten(0, 1).numpy()
+    found = pairs(routes, 0, EXPERTS, shown=4, top=3)
+    assert found.top[0][:2] == (0, 1)
+    both = int(((routes[:, 0] == 0).any(1) & (routes[:, 0] == 1).any(1)).sum())
+    assert found.top[0][2] == both
+    place = [found.experts.index(expert) for expert in (0, 1)]
+    assert found.together[place[0], place[1]] == both
+
+
+def test_pairs_ignore_what_goes_nowhere() -> None:
+    routes = np.full((20, 1, 2), -1, dtype=np.int16)
+    routes[:, 0, 0] = 3
+    found = pairs(routes, 0, 8, shown=2, top=3)
+    assert found.top == ()
+    assert found.experts[0] == 3
+    assert found.together[0, 0] == 20
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 5), (7, 3), (5, 5), (200, 120)])
+def test_spans_cover_all(count: int, most: int) -> None:
+    found = spans(count, most)
+    assert len(found) == min(count, most)
+    assert [found[0][0], found[-1][1]] == [0, count]
+    assert all(a[1] == b[0] for a, b in pairwise(found))
+
+
+def test_document_adds_up(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path)
+    document = make_document(trace, plan=make_plan(trace), plan_name="A plan", facts=Facts(256, 1000))
+    data = document.data
+    assert sum(map(sum, data["expert_load"])) == data["assignments"] == trace.loads.sum()
+    assert data["tokens"] == WINDOWS * TOKENS
+    assert data["traffic"]["total"] == data["assignments"] * 256
+    assert data["traffic"]["exact"]
+    assert [own["key"] for own in data["placements"]] == ["none", "recorded", "plan"]
+    for own in data["placements"]:
+        assert sum(map(sum, own["rank_load"])) == pytest.approx(data["assignments"])
+    assert data["plan"]["rank_bytes"] == data["plan"]["slots"] * LAYERS * 1000
+    assert document.plan is not None
+    assert document.plan.used > document.recorded.used
+
+
+def test_document_without_routes_or_placement_or_model(tmp_path: Path) -> None:
+    trace = without_placement(write_trace(tmp_path, with_routes=False))
+    data = make_document(trace, plan=None, plan_name="", facts=None).data
+    assert data["pairs"]["missing"]
+    assert not data["traffic"]["exact"]
+    assert data["traffic"]["unit"] == "rows"
+    assert data["plan"] is None
+
+
+def test_bytes_of_the_demo_model() -> None:
+    """Hidden 128 and width 32 in fp32 on a CPU: 512 bytes a row, three matrices an expert."""
+    assert find_facts(RuntimeConfig(model="demo")) == Facts(512, 3 * 128 * 32 * 4)
+    assert find_facts(RuntimeConfig(model="not here")) is None
+
+
+def test_plan_for_the_recorded_slots_moves_within_its_budget(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path)
+    before = trace.header.placement()
+    assert before is not None
+    plan = make_plan(trace, num_redundant=0, move_budget=4)
+    assert 0 < len(before.moves_to(plan)) <= 4
+    assert make_plan(trace).num_physical == EXPERTS + EP
+    assert make_plan(trace, ep=8, num_redundant=0).ep == 8
+    with pytest.raises(ConfigError, match="nothing to move from"):
+        make_plan(trace, num_redundant=4, move_budget=4)
+
+
+def test_compare(tmp_path: Path) -> None:
+    before = write_trace(tmp_path / "a")
+    after = write_trace(tmp_path / "b", placement=SPARE)
+    found = compare(before, SPARE, after, choice=ReplicaChoice.STATIC)
+    assert found.exact
+    assert found.same_routing
+    assert found.off_by() == 0
+    other = write_trace(tmp_path / "c", placement=SPARE, routes=random_routes(seed=1))
+    found = compare(before, SPARE, other, choice=ReplicaChoice.STATIC)
+    assert not found.same_routing
+    assert found.off_by() > 0
+    with pytest.raises(ConfigError, match="another placement"):
+        compare(before, SPARE, before, choice=ReplicaChoice.STATIC)
+
+
+def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path)
+    wrong = ExpertPlacement(torch.arange(8).repeat(LAYERS, 1), 8, EP)
+    with pytest.raises(ConfigError, match=r"2 layers of 8 logical experts.*2 of 16"):
+        make_document(trace, plan=wrong, plan_name="", facts=None)

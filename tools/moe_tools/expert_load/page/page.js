@@ -1,0 +1,169 @@
+// The page: what is chosen (layer, placement, order, level), and the sections drawn from it.
+const chosen = { layer: null, placement: "recorded", sorted: false, level: data.ep > 64 ? "nodes" : "ranks" };
+const placementOf = (name) => data.placements.find((own) => own.key === name);
+const relative = (row) => { const mean = row.reduce((a, b) => a + b, 0) / row.length; return row.map((value) => (mean ? value / mean : 0)); };
+const KINDS = { measured: "measured", predicted: "predicted", counterfactual: "counterfactual" };
+
+function head() {
+  const recorded = placementOf("recorded"), plan = placementOf("plan"), none = placementOf("none");
+  const nodes = Math.ceil(data.ep / data.ranks_per_node);
+  document.title = `Expert load of ${data.model} at ep=${data.ep}`;
+  byId("headline").textContent = data.ep === 1 ? "One rank holds all experts: nothing to balance"
+    : `The busiest rank does ${times(recorded.slowest)} the mean work, and the others wait`;
+  const same = Math.abs(none.slowest - recorded.slowest) < 0.005;
+  const change = plan ? ` ${data.plan.name} would bring that to ${times(plan.slowest)}.` : "";
+  byId("lead").textContent = data.ep === 1 ? "" : `In each window of steps and each layer, all ranks wait for the one with most rows. ${same ? "This run was not balanced." : `Without any balancing it would be ${times(none.slowest)}.`}${change}`;
+  const shared = data.experts - data.routed ? ` + ${data.experts - data.routed} shared` : "";
+  const facts = [
+    ["Model", data.model], ["Ranks", `${data.ep} on ${plural(nodes, "node")}`], ["Mesh", `dp ${data.dp} × tp ${data.tp}`],
+    ["Experts", `${data.routed}${shared}, ${data.top_k} per token`], ["MoE layers", number(data.layers)],
+    ["Tokens", number(data.tokens)], ["Steps", `${number(data.steps)} in ${plural(data.windows, "window")}`], ["Recorded", `${data.created.slice(0, 10)} (${data.mode})`],
+  ];
+  fill("run", ...facts.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+  fill("cards", ...data.placements.map((own) => make("div", { class: "card" },
+    make("h3", {}, key(own.key), own.name, make("small", {}, KINDS[own.kind])),
+    make("div", { class: "figure" }, percent(own.used)),
+    meter(own.used || 0, own.key),
+    make("p", {}, `of the experts’ time is used. Busiest rank ${times(own.slowest)} the mean${own.slots ? `; ${plural(own.slots, "slot")} per rank and layer` : ""}.`))));
+  fill("keys", ...data.placements.map((own) => make("span", {}, key(own.key), own.name)));
+  byId("footer").textContent = "Made by moe_tools.expert_load. This file holds all its data and asks the network for nothing. Windows count the agreed steps that ran real tokens; padding is never counted."
+    + (data.complete ? "" : " The trace is not complete: the run goes on, or it ended early.")
+    + (data.dropped_windows ? ` ${plural(data.dropped_windows, "window")} are missing, because the trace’s byte cap was reached.` : "");
+}
+
+function switches() {
+  const options = [make("option", { value: "" }, "all"), ...Array.from({ length: data.layers }, (_, layer) => make("option", { value: layer }, String(layer)))];
+  fill("layer", ...options);
+  byId("layer").addEventListener("change", (event) => { chosen.layer = event.target.value === "" ? null : Number(event.target.value); layerParts(); });
+  byId("sorted").addEventListener("change", (event) => { chosen.sorted = event.target.checked; expertMap(); });
+  radios("placement", data.placements.map((own) => [own.key, own.name]), rankMap);
+  radios("level", [["ranks", "Ranks"], ["nodes", "Nodes"]], trafficMap);
+}
+function radios(name, choices, redraw) {
+  for (const [value, text] of choices) {
+    const input = make("input", { type: "radio", name, value });
+    input.checked = chosen[name] === value;
+    input.addEventListener("change", () => { chosen[name] = value; redraw(); });
+    byId(name).append(make("label", {}, input, make("span", {}, text)));
+  }
+}
+
+function expertMap() {
+  const values = data.expert_load.map(relative);
+  const order = values.map((row) => row.map((_, i) => i));
+  if (chosen.sorted) order.forEach((row, layer) => row.sort((a, b) => values[layer][b] - values[layer][a] || a - b));
+  const routed = values.flatMap((row) => row.slice(0, data.routed));
+  const most = Math.max(1, ...routed);
+  heatmap({
+    id: "expert-map", rows: data.layers, columns: data.experts, most, ticks: !chosen.sorted, scale: ["0", times(most)],
+    value: (layer, i) => values[layer][order[layer][i]],
+    say: (layer, i) => { const e = order[layer][i]; return `Layer ${layer}, ${e < data.routed ? "expert" : "shared expert"} ${e}: ${plural(data.expert_load[layer][e], "token")}, ${times(values[layer][e])} the mean`; },
+    title: `Tokens of each expert and layer; the hottest has ${times(most)} its layer’s mean.`,
+    hint: chosen.sorted ? "Experts of each layer in order of their load" : "Logical expert →",
+  });
+}
+function rankMap() {
+  const own = placementOf(chosen.placement), values = own.rank_load.map(relative);
+  const most = Math.max(1, ...data.placements.flatMap((other) => other.rank_load.flatMap(relative)));
+  heatmap({
+    id: "rank-map", rows: data.layers, columns: own.rank_load[0].length, most, scale: ["0", times(most)],
+    value: (layer, rank) => values[layer][rank],
+    say: (layer, rank) => `Layer ${layer}, rank ${rank} (node ${Math.floor(rank / data.ranks_per_node)}): ${number(own.rank_load[layer][rank])} rows, ${times(values[layer][rank])} the mean`,
+    title: `Rows that each rank receives in each layer: ${own.name}.`, hint: "Rank →",
+  });
+  byId("ranks-note").textContent = `Shown: ${own.name.toLowerCase()} (${KINDS[own.kind]}); the colours mean the same for every placement.`;
+}
+function tables() {
+  const top = data.hot_experts.length ? data.hot_experts[0].times : 1;
+  fill("hot-experts", table([["Expert"], ["Layer"], ["", false], ["× mean", true], ["Tokens", true], ["On ranks"]],
+    data.hot_experts.map((hot) => [String(hot.expert), String(hot.layer), meter(hot.times / top, "recorded"), times(hot.times), number(hot.tokens), hot.ranks.join(", ") || "–"]), "Hottest experts"));
+  const busy = data.hot_ranks.length ? data.hot_ranks[0].times : 1;
+  const slow = (layers) => (layers.length > 8 ? `${layers.length} layers` : layers.join(", ") || "–");
+  fill("hot-ranks", table([["Rank"], ["Node"], ["", false], ["× mean", true], ["Rows", true], ["Slowest in layer"]],
+    data.hot_ranks.map((hot) => [String(hot.rank), String(hot.node), meter(hot.times / busy, "recorded"), times(hot.times), number(hot.rows), slow(hot.slowest_in)]), "Hottest ranks"));
+}
+function together() {
+  const layer = chosen.layer ?? 0, found = data.pairs.layers[layer];
+  byId("together-body").hidden = !found;
+  if (!found) {
+    byId("together-note").textContent = data.pairs.missing || `Pairs are counted for the first ${data.pairs.layers.length} layers.`;
+    byId("together-body").style.display = "none";
+    return;
+  }
+  byId("together-body").style.display = "";
+  byId("together-note").textContent = `Layer ${layer}, ${plural(found.tokens, "token")}. Lift: how many times as often as by chance a token chooses both. Experts that are often chosen together cost less traffic on one rank or node. Choose another layer above.`;
+  const n = found.experts.length, top = 6;
+  const lift = (a, b) => (found.together[a][b] * found.tokens) / Math.max(1, found.together[a][a] * found.together[b][b]);
+  let most = 2;
+  for (let a = 0; a < n; a += 1) for (let b = 0; b < a; b += 1) most = Math.min(top, Math.max(most, lift(a, b)));
+  heatmap({
+    id: "pair-map", rows: n, columns: n, most, square: true, scale: ["0", `${times(most)}${most === top ? " and more" : ""}`],
+    value: (a, b) => (a === b ? 0 : lift(a, b)),
+    say: (a, b) => (a === b ? `Expert ${found.experts[a]}: ${plural(found.together[a][a], "token")}` : `Experts ${found.experts[a]} and ${found.experts[b]}: ${plural(found.together[a][b], "token")}, lift ${times(lift(a, b))}`),
+    title: `The ${n} busiest experts of layer ${layer} against each other.`, hint: `The ${n} busiest experts, busiest first`,
+  });
+  const strong = Math.max(1, ...found.top.map((pair) => pair[3]));
+  fill("pair-table", table([["Experts"], ["", false], ["Lift", true], ["Tokens", true]],
+    found.top.map(([a, b, tokens, lift]) => [`${a} and ${b}`, meter(lift / strong, "recorded"), times(lift), number(tokens)]), "Strongest pairs"));
+}
+const amount = (value) => (data.traffic.unit === "bytes" ? bytes(value) : plural(value, "row"));
+function trafficMap() {
+  const matrix = data.traffic[chosen.level], noun = chosen.level === "ranks" ? "Rank" : "Node";
+  const most = Math.max(1, ...matrix.map((row) => Math.max(...row)));
+  heatmap({
+    id: "traffic-map", rows: matrix.length, columns: matrix.length, most, square: true, scale: ["0", amount(most)],
+    value: (from, to) => matrix[from][to],
+    say: (from, to) => `${noun} ${from} to ${noun.toLowerCase()} ${to}: ${amount(matrix[from][to])}`,
+    title: `Traffic between ${chosen.level}: rows are senders, columns receivers.`, hint: "Down: from. Across: to.",
+  });
+}
+function traffic() {
+  const found = data.traffic, part = (value) => (found.total ? value / found.total : 0);
+  byId("traffic-note").textContent = (found.exact ? "From the recorded routes and the runtime’s own choice of replicas" : "Estimated: the trace has no routes of single tokens, so every rank is taken to send alike")
+    + (found.unit === "bytes" ? `; ${number(found.row_bytes)} bytes a row. The combine sends as much back.` : "; in rows, because the model is not on this machine. The combine sends as many back.");
+  const rows = [["All assignments", found.total], ["leave their rank", found.off_rank], ["leave their node", found.off_node]];
+  if (found.exact) rows.push(["once per rank needed, not per expert", found.once_per_rank], ["once per node needed", found.once_per_node]);
+  fill("traffic-table", table([["Rows"], ["", false], ["Share", true], [found.unit === "bytes" ? "Size" : "Rows", true]],
+    rows.map(([name, value]) => [name, meter(part(value), "recorded"), percent(part(value)), found.unit === "bytes" ? bytes(value) : number(value)]), "Traffic in all"));
+  trafficMap();
+}
+function planTable() {
+  const plan = data.plan, all = data.placements;
+  byId("plan-note").textContent = plan ? `${plan.name}, against what was measured and against no balancing at all (every rank its even share of experts in order; spare slots only where ranks outnumber experts). ${data.exact ? "Predicted by sending every recorded token through the plan" : "Predicted from the experts’ loads, spread evenly over their replicas"}. A plan made from these same windows does worse on new traffic; the command compare measures how much.`
+    : "No plan was given. Make one: plan trace=… output=plan.json, then report trace=… plan=plan.json.";
+  const worst = (own) => { const known = own.balance.filter((value) => value !== null); return known.length ? Math.min(...known) : null; };
+  const of = (own, recorded, planned) => (own.key === "recorded" ? recorded : own.key === "plan" ? planned : null);
+  const rows = [
+    ["Experts’ time used", all.map((own) => percent(own.used)), all.map((own) => own.used)],
+    ["Busiest rank over mean", all.map((own) => times(own.slowest)), all.map((own) => -own.slowest)],
+    ["Balancedness of the worst layer", all.map((own) => share(worst(own))), all.map(worst)],
+    ["Expert slots per rank and layer", all.map((own) => number(own.slots)), null],
+  ];
+  if (plan) {
+    rows.push(["Expert weights per rank", all.map((own) => bytes(of(own, plan.rank_bytes_before, plan.rank_bytes))), null]);
+    rows.push(["Slots that change", all.map((own) => of(own, "–", plan.moves === null ? "a new start: other slots or ranks" : number(plan.moves)) ?? "–"), null]);
+    rows.push(["Weights that move", all.map((own) => of(own, "–", bytes(plan.move_bytes)) ?? "–"), null]);
+  }
+  const top = make("tr", {}, make("td", {}), ...all.map((own) => make("th", { scope: "col" }, key(own.key), ` ${own.name}`)));
+  const body = rows.map(([name, shown, values]) => {
+    const best = values && values.indexOf(Math.max(...values.filter((value) => value !== null)));
+    return make("tr", {}, make("th", { scope: "row" }, name), ...shown.map((text, i) => make("td", { class: i === best ? "best" : null }, text)));
+  });
+  fill("plan-table", make("div", { class: "compare", tabindex: "0", role: "region", "aria-label": "Before and after" }, make("table", {}, make("thead", {}, top), make("tbody", {}, ...body))));
+}
+function layerParts() {
+  byLayer(chosen.layer);
+  overTime(chosen.layer);
+  rankCurve(chosen.layer);
+  together();
+}
+let waiting = 0;
+addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(layerParts, 120); });
+head();
+switches();
+expertMap();
+rankMap();
+tables();
+layerParts();
+traffic();
+planTable();

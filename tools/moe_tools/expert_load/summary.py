@@ -1,0 +1,127 @@
+"""A report's content in the terminal."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from moe_runtime.cli.console import Console, count
+from moe_runtime.launch.sizing import format_bytes
+from moe_tools.expert_load.analysis import Floats
+from moe_tools.expert_load.document import Document
+from moe_tools.expert_load.planning import Comparison
+
+_SHOWN_LAYERS = 12
+
+
+def show_summary(console: Console, document: Document) -> None:
+    """What the trace says, and what each placement would have made of it."""
+    data = document.data
+    nodes = -(-data["ep"] // data["ranks_per_node"])
+    sent = data["traffic"]
+    whole, far = (_amount(sent[name], sent["unit"]) for name in ("total", "off_node"))
+    rows = [
+        ("model", f"{data['model']}: {count(data['layers'], 'MoE layer')} of {count(data['experts'], 'expert')}"),
+        ("ranks", f"{data['ep']} on {count(nodes, 'node')}"),
+        ("tokens", f"{data['tokens']} in {count(data['steps'], 'step')}, {count(data['windows'], 'window')}"),
+        ("traffic", f"{whole} each way, {far} of them between nodes"),
+    ]
+    if not sent["exact"]:
+        rows.append(("", "an estimate: the trace has no routes of tokens"))
+    if not data["complete"]:
+        rows.append(("trace", "not complete: the run goes on, or it ended early"))
+    if dropped := data["dropped_windows"]:
+        rows.append(("trace", f"{count(dropped, 'window')} are missing: balance.trace_bytes was reached"))
+    if hot := data["hot_experts"][:4]:
+        each = ", ".join(f"{h['expert']} in layer {h['layer']} ({h['times']:.1f}×)" for h in hot)
+        rows.append(("hot experts", each))
+    if busy := data["hot_ranks"][:4]:
+        rows.append(("hot ranks", ", ".join(f"{h['rank']} ({h['times']:.2f}×)" for h in busy)))
+    console.pairs("expert load", rows)
+    header = ("placement", "", "experts' time used", "busiest rank / mean", "worst layer", "slots per rank")
+    lines = [
+        (
+            own.name,
+            own.kind,
+            percent(own.used),
+            f"{own.slowest:.2f}",
+            _number(_least(own.balance)),
+            "–" if own.placement is None else str(own.placement.num_local),
+        )
+        for own in document.candidates
+    ]
+    console.table("placements (in each window and layer all ranks wait for the busiest)", header, lines)
+
+
+def show_plan(console: Console, document: Document) -> None:
+    """What the plan costs."""
+    plan = document.data["plan"]
+    rows = [
+        ("slots", f"{plan['slots']} per rank and layer, {plan['spare']} of {plan['slots'] * plan['ep']} spare"),
+    ]
+    if plan["rank_bytes"] is not None:
+        before = "" if plan["rank_bytes_before"] is None else f" (recorded: {format_bytes(plan['rank_bytes_before'])})"
+        rows.append(("memory", f"{format_bytes(plan['rank_bytes'])} of expert weights per rank{before}"))
+    else:
+        rows.append(("memory", "unknown: the model is not on this machine"))
+    if plan["moves"] is None:
+        rows.append(("moves", "a new start: the recording had other slots or ranks"))
+    else:
+        size = "" if plan["move_bytes"] is None else f", {format_bytes(plan['move_bytes'])}"
+        rows.append(("moves", f"{count(plan['moves'], 'slot')}{size}"))
+    console.pairs("plan", rows)
+
+
+def show_comparison(console: Console, found: Comparison) -> None:
+    """Predicted and measured, layer by layer."""
+    predicted, measured = found.balances()
+    rows = [
+        (
+            str(layer),
+            _number(predicted[layer]),
+            _number(measured[layer]),
+            f"{found.predicted[layer].max():.0f}",
+            f"{found.measured[layer].max():.0f}",
+        )
+        for layer in range(min(len(predicted), _SHOWN_LAYERS))
+    ]
+    header = ("layer", "balancedness predicted", "measured", "busiest rank's rows predicted", "measured")
+    console.table("plan: predicted and measured", header, rows)
+    if (more := len(predicted) - _SHOWN_LAYERS) > 0:
+        console.line(f"… and {count(more, 'layer')} more, in the same way")
+    equal = (found.predicted == found.measured).all()
+    how = "each token's route sent through the plan" if found.exact else "loads spread over replicas"
+    lines = [
+        ("predicted", how),
+        ("rows of a rank", "exactly as predicted" if equal else f"off by {percent(found.off_by())} of the mean"),
+        (
+            "experts",
+            "chosen equally often in both runs" if found.same_routing else "chosen differently: the runs differ",
+        ),
+        ("all layers", f"{_number(_mean(predicted))} predicted, {_number(_mean(measured))} measured"),
+    ]
+    console.pairs("in all", lines)
+
+
+def percent(part: float) -> str:
+    """`0.5` → 50 %."""
+    return f"{100 * part:.0f} %" if math.isfinite(part) else "–"
+
+
+def _amount(value: int, unit: str) -> str:
+    return format_bytes(value) if unit == "bytes" else count(value, "row")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "–"
+
+
+def _least(values: Floats) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.min()) if known.size else math.nan
+
+
+def _mean(values: Floats) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else math.nan

@@ -1,0 +1,192 @@
+"""One step of a unit: the lockstep agrees on its shape, routes are replayed, every part is timed, the clock adds up.
+
+Microseconds. A rank that is always the busiest stands for the ranks that wait for it (a layer waits for its busiest),
+beside one with the mean load. Layers that are not replayed are taken to be like those that are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moe_runtime.dispatch.overlap import Stage, Stages, interleave
+from moe_runtime.dispatch.timeline import Costs, Summary, Timeline, Turn, simulate, summarize
+from moe_runtime.engine.lockstep import AgreedStep, LockstepLimits, Wish, agree, cut_rows
+from moe_runtime.launch.graphs import lockstep_limits
+from moe_tools.plan.costs import CostModel, LayerCosts
+from moe_tools.plan.layouts import Deployment
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """What no table has, fitted to published runs (`published.py`; docs/planning.md lists them)."""
+
+    gap_us: float
+    """Decode, per layer and micro-batch: what no table has (norms, quantisation, gate, gaps) less what kernels hide of
+    each other's starts when they run back to back; so it may be negative"""
+    wire_stretch: float
+    """Decode over a network: transfers of a running system over those of the unit tests"""
+    prefill_stretch: float
+    """Prefill: everything, over the tables; transfers take multiprocessors from products"""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step takes. Bytes and microseconds are per rank and step; `terms`: the busiest rank's parts."""
+
+    agreed: AgreedStep
+    us: float
+    terms: Mapping[str, float]
+    summary: Summary
+    imbalance: float
+    """Rows of the busiest rank over the mean, mean over the layers"""
+    network_bytes: float
+    """Mean of the ranks"""
+    bounds: Mapping[str, str]
+    """What each term waits for"""
+
+    @property
+    def bound(self) -> str:
+        """The largest of what is exposed: one term's name."""
+        parts = dict(self.terms) | {"transfers": self.summary.exposed_us[0]}
+        return max(parts, key=parts.__getitem__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A step as agreed. `rows`, `layers`: per micro-batch; `costs[who][micro-batch]`: busiest rank, mean rank."""
+
+    agreed: AgreedStep
+    rows: list[int]
+    costs: list[list[Costs]]
+    layers: list[LayerCosts]
+
+
+class StepTimer:
+    """Times steps of one deployment; the shapes of equal steps are kept, whatever the constants."""
+
+    def __init__(self, costs: CostModel, constants: Constants) -> None:
+        self.costs, self.constants = costs, constants
+        self._shapes: dict[tuple[int, bool, float, LockstepLimits], _Shape] = {}
+
+    @property
+    def deployment(self) -> Deployment:
+        return self.costs.deployment
+
+    def limits(self) -> LockstepLimits:
+        """The runtime's own for this configuration."""
+        return lockstep_limits(self.deployment.config, self.deployment.model, graphs=True)
+
+    def decode(self, batch: int, kv_len: float, *, limits: LockstepLimits | None = None) -> Step:
+        """A step in which every DP group decodes `batch` sequences of `kv_len` cached tokens."""
+        return self._step(batch, decode=True, length=kv_len, limits=limits or self.limits())
+
+    def prefill(self, tokens: int, prompt: int, *, limits: LockstepLimits | None = None) -> Step:
+        """A step in which every DP group runs `tokens` tokens of prompts of `prompt` tokens."""
+        return self._step(tokens, decode=False, length=prompt, limits=limits or self.limits())
+
+    def decode_us(self, batch: int, kv_len: float, *, limits: LockstepLimits) -> float:
+        """`decode(...).us` without its parts."""
+        shape = self._shape(batch, decode=True, length=kv_len, limits=limits)
+        return self._timeline(shape, decode=True, who=(0,)).step_us
+
+    def prefill_us(self, tokens: int, prompt: int, *, limits: LockstepLimits) -> float:
+        """`prefill(...).us` without its parts."""
+        shape = self._shape(tokens, decode=False, length=prompt, limits=limits)
+        return self._timeline(shape, decode=False, who=(0,)).step_us * self.constants.prefill_stretch
+
+    def _step(self, tokens: int, *, decode: bool, length: float, limits: LockstepLimits) -> Step:
+        shape = self._shape(tokens, decode=decode, length=length, limits=limits)
+        timeline = self._timeline(shape, decode=decode, who=(0, 1))
+        stretch = 1.0 if decode else self.constants.prefill_stretch
+        layers, count = len(self.deployment.model.moe_layers), shape.agreed.num_chunks
+        moved = sum(layer.dispatch.mean_network_bytes + layer.combine.mean_network_bytes for layer in shape.layers)
+        terms = _terms(timeline.costs[0], layers, count)
+        return Step(
+            agreed=shape.agreed,
+            us=timeline.step_us * stretch,
+            terms={name: us * stretch for name, us in terms.items()},
+            summary=_stretched(summarize(timeline), stretch),
+            imbalance=float(np.mean([layer.imbalance for layer in shape.layers])),
+            network_bytes=moved * layers * count,
+            bounds=self.costs.bounds(shape.rows[0], shape.layers[0], decode=decode, length=length),
+        )
+
+    def _shape(self, tokens: int, *, decode: bool, length: float, limits: LockstepLimits) -> _Shape:
+        """What the lockstep makes of equal wishes, and its costs before any constant; kept."""
+        key = (tokens, decode, length, limits)
+        if key in self._shapes:
+            return self._shapes[key]
+        layout = self.deployment.layout
+        wish = Wish(num_tokens=tokens, num_decode_tokens=tokens if decode else 0, outstanding=tokens)
+        agreed = agree([wish] * layout.dp, limits=limits)
+        padded = max(agreed.padded_tokens)
+        cut = cut_rows(padded, agreed.num_micro_batches, tp=layout.tp)
+        rows = [max(1, round(part * tokens / padded)) for part in cut]
+        parts = [self.costs.micro_batch(own, agreed, decode=decode, length=length) for own in rows]
+        head = self.costs.curves.head(tokens if decode else tokens / length, tp=layout.tp)
+        costs = [[part[0][who] for part in parts] for who in (0, 1)]
+        for own in costs:
+            own[-1] = replace(own[-1], last_us=head)
+        self._shapes[key] = _Shape(agreed, rows, costs, [layer for _, layer in parts])
+        return self._shapes[key]
+
+    def _timeline(self, shape: _Shape, *, decode: bool, who: tuple[int, ...]) -> Timeline:
+        """The clock's, with the constants."""
+        far = decode and self.deployment.layout.ep > self.deployment.machine.nvlink_ranks
+        wire = self.constants.wire_stretch if far else 1.0
+        gap = self.constants.gap_us if decode else 0.0
+        model, chunks = self.deployment.model, shape.agreed.num_chunks
+        dense = model.num_layers - len(model.moe_layers)
+        costs = [
+            [
+                replace(
+                    own,
+                    first_us=own.first_us + dense * _least(gap, own.attention_us),
+                    attention_us=own.attention_us + _least(gap, own.attention_us),
+                    dispatch_us=own.dispatch_us * wire,
+                    combine_us=own.combine_us * wire,
+                )
+                for own in shape.costs[rank]
+            ]
+            for rank in who
+        ]
+        log: list[Turn] = []
+        interleave(
+            [_program(len(model.moe_layers), chunks) for _ in shape.rows],
+            lambda micro_batch, stage: log.append((micro_batch, stage)),
+        )
+        return simulate([log for _ in who], costs, num_chunks=chunks)
+
+
+def _least(gap_us: float, attention_us: float) -> float:
+    """What is hidden is at most half of a layer's attention: small models have little to hide."""
+    return max(gap_us, -attention_us / 2)
+
+
+def _terms(costs: Sequence[Costs], layers: int, chunks: int) -> dict[str, float]:
+    """Microseconds of a step on the busiest rank."""
+    return {
+        "attention": sum(own.attention_us for own in costs) * layers,
+        "experts": sum(own.experts_us for own in costs) * layers * chunks,
+        "shared expert": sum(own.shared_us for own in costs) * layers,
+        "dense layers": sum(own.first_us for own in costs),
+        "head": sum(own.last_us for own in costs),
+    }
+
+
+def _stretched(summary: Summary, factor: float) -> Summary:
+    return Summary(
+        summary.step_us * factor, summary.serial_us * factor, tuple([us * factor for us in summary.busy_us]),
+        summary.wire_us * factor, tuple([us * factor for us in summary.exposed_us]),
+        tuple([us * factor for us in summary.waiting_us]),
+    )  # fmt: skip
+
+
+def _program(moe_layers: int, chunks: int) -> Stages[None]:
+    """The stages of a model's layers, as `MoELayer.stages` begins them."""
+    for _ in range(moe_layers * chunks):
+        yield Stage.DISPATCH
+        yield Stage.COMBINE
