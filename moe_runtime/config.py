@@ -81,7 +81,8 @@ class EngineConfig:
     """Limits and modes of the engine. Token, sequence and cache limits hold for each DP group."""
 
     batch_invariant: bool = setting(
-        False, "bits that no batch, placement or ep changes (for one tp; all_gather, deep_ep: one ep); slower"
+        False,
+        "bits that no batch, placement or ep changes (one tp; all_gather, deep_ep: one ep, no copies); slower",
     )
     max_num_batched_tokens: int = setting(
         2048, "most tokens of one step and DP group; longer prompts run in chunks", minimum=1

@@ -12,6 +12,7 @@ from typing import Any, Final
 import pytest
 import torch
 from moe_kernels import backends
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_runtime import LLM
@@ -284,18 +285,27 @@ def test_captured_steps_read_what_was_moved(
 # By itself
 
 
-def test_loads_decide(folder: Path, tmp_path: Path) -> None:
-    """Nothing forced: the planner's placement is evener, and serving ends up with it."""
-    file = tmp_path / "live.json"
+def test_loads_decide(tmp_path: Path) -> None:
+    """Nothing forced: all tokens go to two experts of one rank, the planner parts them, and serving ends up so."""
+    folder, file = write_tiny(tmp_path / "skewed", text=False, max_position_embeddings=64), tmp_path / "live.json"
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            tensor[:2] += 5.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     words = ["ep=4", "tp=1", "balance.rebalance=on", "balance.interval_steps=10", "balance.threshold=1.0"]
     with LLM(str(folder), overrides=[*COMMON, *words, f"balance.save_placement={file}"]) as llm:
         for _ in range(6):
             llm.generate(PROMPTS, [greedy(14)] * 4)
         state = llm.snapshot().rebalance
         assert state.num_decisions >= 2 and state.decision is not None
-        assert state.decision.utilisation >= state.decision.without - 0.2
-        assert 0 < state.decision.utilisation <= 1 and state.decision.num_tokens > 0
+        assert (state.decision.without, state.decision.utilisation) == (0.25, 0.5), "one rank of four, then two"
+        assert state.num_layers_committed >= 2 and state.promised == 0.5
     assert state.last_failure is None
+    live = ExpertPlacement.from_file(file, num_layers=NUM_MOE_LAYERS, num_logical=NUM_EXPERTS, ep=4)
+    for layer in range(2):
+        ranks = {live.owner(int(live.log2phy[layer, expert, 0]))[0] for expert in (0, 1)}
+        assert len(ranks) == 2, f"layer {layer}: both on one rank"
 
 
 def test_what_it_takes_is_told(folder: Path) -> None:

@@ -14,6 +14,7 @@ from moe_kernels.experts import (
     expert_mlp_ragged,
     prepare_experts,
 )
+from moe_kernels.experts import weights as experts_weights
 from moe_kernels.experts.reference import expert_mlp_padded_reference, expert_mlp_ragged_reference
 from moe_kernels.grouped_gemm import PackedSlots, grouped_gemm_padded, grouped_gemm_ragged
 from moe_kernels.grouped_gemm.layout import cut, ragged_rows
@@ -212,6 +213,42 @@ def test_slots_are_written_and_read(hidden: int, width: int, dtype: torch.dtype)
     for ours, whole in zip(last.read_slot(1), held.read_slot(2), strict=True):
         assert isinstance(ours, Tensor) and isinstance(whole, Tensor) and torch.equal(ours, whole)
     torch.testing.assert_close(expert_mlp_ragged(x[2:], last, psum=psum[1:] - 2), want[2:])
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(16, 8), (512, 192)])
+def test_slots_are_swapped_or_left(hidden: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever memory is lacking: all four tensors, or none."""
+    dtype = torch.bfloat16
+    (a13, a2), (b13, b2) = weights(2, hidden, width, dtype), weights(2, hidden, width, dtype)
+    b13, b2 = b13 + 1, b2 + 1
+    held = prepare_experts(a13.clone(), a2.clone())
+    staging = experts_weights.plain_like(held)
+    staging.write_slot_(1, w13=b13[1], w2=b2[1])
+
+    def holds(found: ExpertWeights, w13: Tensor, w2: Tensor) -> bool:
+        got = found.read_slot(1)
+        return all(isinstance(x, Tensor) and torch.equal(x, y) for x, y in zip(got, (w13, w2), strict=True))
+
+    calls = [0]
+    for failing in (1, 2):
+
+        def lacks(w: Tensor, failing: int = failing) -> object:
+            calls[0] += 1
+            if calls[0] == failing:
+                raise MemoryError("no room")
+            return pack(w)
+
+        calls[0] = 0
+        monkeypatch.setattr("moe_kernels.experts.weights.pack", lacks)
+        if held.is_fixed:
+            break
+        with pytest.raises(MemoryError):
+            held.swap_slot_(1, staging)
+        assert holds(held, a13[1], a2[1]) and holds(staging, b13[1], b2[1]), failing
+    monkeypatch.setattr("moe_kernels.experts.weights.pack", pack)
+    held.swap_slot_(1, staging)
+    assert holds(held, b13[1], b2[1]) and holds(staging, a13[1], a2[1])
+    assert torch.equal(held.read_slot(0)[0], a13[0])  # type: ignore[arg-type]
 
 
 def test_errors() -> None:

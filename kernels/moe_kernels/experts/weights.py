@@ -62,11 +62,13 @@ class ExpertWeights:
     def write_slot_(self, slot: int, *, w13: OneSlot, w2: OneSlot) -> None:
         """Replace one slot's weights, in place: `w13 [2I, H]`, `w2 [H, I]`, in the form that the slots have.
 
-        Raises KernelError on other forms, shapes or dtypes.
+        Raises KernelError on other forms, shapes or dtypes. What fails leaves both as they were: memory is taken before
+        anything is written.
         """
         pairs = (("w13", self.w13, w13), ("w2", self.w2, w2))
         for name, old, new in pairs:
             _check_slot(slot, name, old, new)
+        packed = [pack(new) for _, old, new in pairs if isinstance(old, PackedSlots) and isinstance(new, Tensor)]
         for _, old, new in pairs:
             if isinstance(old, BlockScaled):
                 assert isinstance(new, BlockScaled), "checked above"
@@ -75,7 +77,7 @@ class ExpertWeights:
                 continue
             assert isinstance(new, Tensor), "checked above"
             if isinstance(old, PackedSlots):
-                old.write_slot_(slot, new)
+                old.parts[slot] = packed.pop(0)
             else:
                 old[slot].copy_(new)
 
@@ -84,10 +86,17 @@ class ExpertWeights:
         return _copy(self.w13, slot), _copy(self.w2, slot)
 
     def swap_slot_(self, slot: int, other: ExpertWeights) -> None:
-        """Exchange one slot's weights with the same slot of `other`, in place in both. Takes memory for two slots."""
+        """Exchange one slot's weights with the same slot of `other`, whose storage is fixed, in place in both.
+
+        Takes memory for two slots, and for two packed ones where these are; what fails leaves both as they were.
+        """
         mine, theirs = self.read_slot(slot), other.read_slot(slot)
-        self.write_slot_(slot, w13=theirs[0], w2=theirs[1])
         other.write_slot_(slot, w13=mine[0], w2=mine[1])
+        try:
+            self.write_slot_(slot, w13=theirs[0], w2=theirs[1])
+        except BaseException:
+            other.write_slot_(slot, w13=theirs[0], w2=theirs[1])
+            raise
 
     def slot_tensors(self, slot: int) -> tuple[Tensor, ...]:
         """All that one slot consists of, contiguous: w13 and w2, each followed by its scales where it is block-scaled.

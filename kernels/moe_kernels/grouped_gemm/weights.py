@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_kernels.linear.packed import PackedWeight, pack
+from moe_kernels.linear.packed import PackedWeight
 from moe_kernels.quant import dequantize
 from moe_kernels.scaled import BLOCK, BlockScaled
 
@@ -29,10 +29,6 @@ class PackedSlots:
     @property
     def num_bytes(self) -> int:
         return sum(part.num_bytes for part in self.parts)
-
-    def write_slot_(self, slot: int, w: Tensor) -> None:
-        """Replace one slot by `w [N, K]`; the old packed weight is released."""
-        self.parts[slot] = pack(w)
 
 
 SlotWeights = Tensor | PackedSlots | BlockScaled
