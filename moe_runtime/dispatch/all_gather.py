@@ -142,6 +142,11 @@ class AllGatherDispatcher:
         return rows, AllGatherHandle(token_of, weights, capacity, num_tokens, position)
 
 
+def step_bytes(spec: DispatchSpec) -> int:
+    """What a rank receives and sends in the largest decode step: a row of each token there, one of fp32 sums back."""
+    return spec.ep * spec.max_decode_tokens * (spec.row_bytes + torch.float32.itemsize * spec.hidden)
+
+
 def buffer_bytes(spec: DispatchSpec) -> int:
     """All tokens with their routing, the rows of this rank's slots, and a second copy of these where there are gaps."""
     rows, tokens = spec.rows, spec.ep * spec.max_tokens

@@ -19,7 +19,13 @@ from torch import Tensor
 from moe_runtime.comm.base import Communicator
 from moe_runtime.dispatch.base import DispatchStep, Rows
 from moe_runtime.dispatch.rows import RowLayout
+from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.types import NOWHERE, Pending, PhysicalRouting
+
+
+def step_bytes(spec: DispatchSpec) -> int:
+    """What a rank sends in the largest decode step: J rows of every token to every rank, and back."""
+    return 2 * spec.ep * spec.max_decode_tokens * min(spec.top_k, spec.rows.num_slots) * spec.row_bytes
 
 
 @dataclass(frozen=True, slots=True)

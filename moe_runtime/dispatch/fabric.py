@@ -11,8 +11,6 @@ from moe_runtime.comm.torch_dist import TorchCommunicator
 from moe_runtime.dispatch.missing import Missing
 from moe_runtime.errors import ConfigError
 
-__all__ = ["Missing", "device_group", "no_gpu_per_rank"]
-
 
 def no_gpu_per_rank(device: torch.device, *, virtual: bool) -> Missing | None:
     """Why ranks as launched cannot use a GPU fabric, or None."""

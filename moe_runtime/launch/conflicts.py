@@ -11,13 +11,14 @@ from moe_models.base import ModelConfig
 
 from moe_runtime.config import PlacementConfig, RuntimeConfig
 from moe_runtime.dispatch.factory import SPLITTING, obstacle
+from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.engine.request import SamplingParams
 from moe_runtime.errors import ConfigError, RequestError
 from moe_runtime.launch.graphs import graphs_mode
 from moe_runtime.launch.placing import num_local_slots
 from moe_runtime.launch.rebalancing import rebalance_conflicts
 from moe_runtime.launch.recording import recording_conflicts
-from moe_runtime.launch.shuffle import dispatch_names, dispatch_spec, splits_combine, whole_spec
+from moe_runtime.launch.shuffle import dispatch_names, dispatch_spec, splits_combine, summed_by_rank, whole_spec
 from moe_runtime.launch.sizing import (
     cache_size,
     compute_dtype,
@@ -48,8 +49,9 @@ def conflicts(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -
         yield error
         slots = num_local_slots(replace(config, placement=PlacementConfig()), model)  # to look for further problems
     yield from _dispatch(config, model, slots, has_weights=has_weights)
-    yield from _invariance(config)
-    yield from rebalance_conflicts(config)
+    spec = whole_spec(config, model, num_slots=slots)
+    yield from _invariance(config, spec)
+    yield from rebalance_conflicts(config, spec)
     yield from _parts(config, slots)
     yield from _memory(config, model, slots, has_weights=has_weights)
     yield from _graphs(config, model)
@@ -74,9 +76,9 @@ def _dispatch(config: RuntimeConfig, model: ModelConfig, slots: int, *, has_weig
             yield ConfigError(f"{key}={name}: {missing.reason}. {remedy}.")
 
 
-def _invariance(config: RuntimeConfig) -> Iterator[ConfigError]:
+def _invariance(config: RuntimeConfig, spec: DispatchSpec) -> Iterator[ConfigError]:
     names = dispatch_names(config)
-    if config.engine.batch_invariant and len(names) > 1 and not set(names) <= {"local", "all_to_all"}:
+    if config.engine.batch_invariant and len(names) > 1 and summed_by_rank(config, spec):
         yield ConfigError(
             f"decode_dispatch={names[1]} with dispatch={names[0]}: they round in their own ways, and under "
             "engine.batch_invariant a token's bits must not tell its step's mates. Leave decode_dispatch out."

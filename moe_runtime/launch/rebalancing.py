@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 from moe_models.base import ModelConfig
 from torch import Tensor
@@ -14,17 +13,15 @@ from moe_runtime.balance.decision import Terms
 from moe_runtime.balance.planner import plan_placement
 from moe_runtime.comm.base import Communicator
 from moe_runtime.config import RuntimeConfig
+from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.engine.mover import Mover
 from moe_runtime.engine.rebalance import Rebalancer
 from moe_runtime.engine.rebalance_state import Counts, Rules
 from moe_runtime.errors import ConfigError
-from moe_runtime.launch.shuffle import dispatch_names
+from moe_runtime.launch.shuffle import summed_by_rank
 from moe_runtime.layers.experts import Experts
 from moe_runtime.parallel.placement import ExpertPlacement
 from moe_runtime.parallel.replicas import ReplicaSelector
-
-SUMS_AT_HOME: Final = ("local", "all_to_all", "symm_mem")
-"""Backends whose sums never tell which rank holds an expert (nvshmem's do where the host sends)."""
 
 
 def rebalances(config: RuntimeConfig) -> bool:
@@ -68,7 +65,7 @@ def make_rebalancer(
     )
 
 
-def rebalance_conflicts(config: RuntimeConfig) -> Iterator[ConfigError]:
+def rebalance_conflicts(config: RuntimeConfig, spec: DispatchSpec) -> Iterator[ConfigError]:
     """What the keys of live rebalancing cannot do together with others."""
     balance = config.balance
     if balance.save_placement is not None:
@@ -90,8 +87,7 @@ def rebalance_conflicts(config: RuntimeConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "balance.rebalance=on with balance.record=off: moves follow from recorded loads. Set balance.record=stat."
         )
-    by_rank = sorted(set(dispatch_names(config)) - set(SUMS_AT_HOME))
-    if config.engine.batch_invariant and by_rank:
+    if config.engine.batch_invariant and (by_rank := summed_by_rank(config, spec)):
         yield ConfigError(
             f"balance.rebalance=on with engine.batch_invariant=true: dispatch={by_rank[0]} sums by rank, so bits would "
             f"tell when an expert moved. Set dispatch=all_to_all, or one of the two off."

@@ -10,6 +10,7 @@ import torch
 from moe_models.base import ModelConfig
 
 from moe_runtime.config import DispatchName, PlacementConfig, RuntimeConfig
+from moe_runtime.dispatch import all_gather, equal_split
 from moe_runtime.dispatch.base import Phase
 from moe_runtime.dispatch.factory import (
     BACKENDS,
@@ -75,23 +76,12 @@ def whole_spec(config: RuntimeConfig, model: ModelConfig, *, num_slots: int | No
         one_form=config.engine.batch_invariant,
         deadline_s=config.comm_timeout_s,
     )
-    return replace(spec, equal_blocks=engine.cuda_graphs == "on" or _equal_bytes(spec) <= _fixed_bytes(spec))
+    return replace(spec, equal_blocks=engine.cuda_graphs == "on" or equal_split.step_bytes(spec) <= _fixed_bytes(spec))
 
 
 def _fixed_bytes(spec: DispatchSpec) -> int:
     """What fixed shapes may move in a layer of a decode step, both ways."""
     return FIXED_BYTES_IN_A_NODE if spec.ep <= spec.ranks_per_node else FIXED_BYTES
-
-
-def _equal_bytes(spec: DispatchSpec) -> int:
-    """Of equal blocks: a token's J = min(K, E) rows to every rank and back."""
-    per_token = min(spec.top_k, spec.rows.num_slots)
-    return 2 * spec.ep * spec.max_decode_tokens * per_token * spec.row_bytes
-
-
-def _gathered_bytes(spec: DispatchSpec) -> int:
-    """Of all-gather: a row of each token there, one of fp32 sums back."""
-    return spec.ep * spec.max_decode_tokens * (spec.row_bytes + 4 * spec.hidden)
 
 
 def dispatch_spec(config: RuntimeConfig, model: ModelConfig, *, num_slots: int | None = None) -> DispatchSpec:
@@ -125,6 +115,11 @@ def dispatch_names(config: RuntimeConfig) -> tuple[str, ...]:
     """The backends of a run: of steps with prompts, and of those without where that is another."""
     decode = config.decode_dispatch
     return (config.dispatch,) if decode in (None, config.dispatch) else (config.dispatch, str(decode))
+
+
+def summed_by_rank(config: RuntimeConfig, spec: DispatchSpec) -> list[str]:
+    """The backends of a run that do not sum at a token's home: their bits tell which rank served a token."""
+    return [name for name in dispatch_names(config) if not sums_at_home(name, spec)]
 
 
 def with_dispatch(config: RuntimeConfig, model: ModelConfig) -> tuple[RuntimeConfig, tuple[str, ...]]:
@@ -201,8 +196,8 @@ def _reason(name: str, decode: str | None) -> str:
 def _decode(config: RuntimeConfig, spec: DispatchSpec) -> DispatchName | None:
     """all_gather where it moves fewer bytes than equal blocks, and not too many for what a graph saves."""
     on_device = spec.rows.stays_on(torch.device(config.device))
-    worth = config.engine.cuda_graphs == "on" or _gathered_bytes(spec) <= _fixed_bytes(spec)
-    fewer = worth and _gathered_bytes(spec) < _equal_bytes(spec)
+    worth = config.engine.cuda_graphs == "on" or all_gather.step_bytes(spec) <= _fixed_bytes(spec)
+    fewer = worth and all_gather.step_bytes(spec) < equal_split.step_bytes(spec)
     return "all_gather" if on_device and fewer and not config.engine.batch_invariant else None
 
 

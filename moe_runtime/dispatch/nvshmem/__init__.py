@@ -73,12 +73,12 @@ def max_capacity(spec: DispatchSpec, phase: Phase) -> int | None:
 
 def graph_safe(spec: DispatchSpec) -> bool:
     """Whether decode steps can be captured as CUDA graphs: with the kernels, not with the host's calls."""
-    return _path(spec) == "device"
+    return _here(spec) == "device"
 
 
 def sums_at_home(spec: DispatchSpec) -> bool:
     """With the kernels; the host's calls bring a rank's share, already summed."""
-    return _path(spec) == "device"
+    return _here(spec) == "device"
 
 
 def make(ep: Communicator, spec: DispatchSpec, *, device: torch.device | str) -> Dispatcher[Any]:
@@ -103,10 +103,15 @@ def make(ep: Communicator, spec: DispatchSpec, *, device: torch.device | str) ->
     return made(ep, spec, library=library.module, group=group, device=device)
 
 
-def _path(spec: DispatchSpec) -> Path:
+def _here(spec: DispatchSpec) -> Path | Missing:
     """As installed here; where nothing is, as the recommended wheels would serve it."""
     library = find()
-    path = path_of(spec, bitcode=isinstance(library, Missing) or _bitcode(library))
+    return path_of(spec, bitcode=isinstance(library, Missing) or _bitcode(library))
+
+
+def _path(spec: DispatchSpec) -> Path:
+    """The same. ConfigError where none serves `spec`."""
+    path = _here(spec)
     if isinstance(path, Missing):
         raise ConfigError(f"dispatch=nvshmem: {path}")
     return path
