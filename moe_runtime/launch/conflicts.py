@@ -15,7 +15,7 @@ from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.engine.request import SamplingParams
 from moe_runtime.errors import ConfigError, RequestError
 from moe_runtime.launch.graphs import graphs_mode
-from moe_runtime.launch.placing import num_local_slots
+from moe_runtime.launch.placing import num_local_slots, num_logical_experts
 from moe_runtime.launch.rebalancing import rebalance_conflicts
 from moe_runtime.launch.recording import recording_conflicts
 from moe_runtime.launch.shuffle import dispatch_names, dispatch_spec, splits_combine, summed_by_rank, whole_spec
@@ -50,7 +50,7 @@ def conflicts(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -
         slots = num_local_slots(replace(config, placement=PlacementConfig()), model)  # to look for further problems
     yield from _dispatch(config, model, slots, has_weights=has_weights)
     spec = whole_spec(config, model, num_slots=slots)
-    yield from _invariance(config, spec)
+    yield from _invariance(config, spec, copies=config.ep * slots - num_logical_experts(config, model))
     yield from rebalance_conflicts(config, spec)
     yield from _parts(config, slots)
     yield from _memory(config, model, slots, has_weights=has_weights)
@@ -76,9 +76,20 @@ def _dispatch(config: RuntimeConfig, model: ModelConfig, slots: int, *, has_weig
             yield ConfigError(f"{key}={name}: {missing.reason}. {remedy}.")
 
 
-def _invariance(config: RuntimeConfig, spec: DispatchSpec) -> Iterator[ConfigError]:
-    names = dispatch_names(config)
-    if config.engine.batch_invariant and len(names) > 1 and summed_by_rank(config, spec):
+def _invariance(config: RuntimeConfig, spec: DispatchSpec, *, copies: int) -> Iterator[ConfigError]:
+    """`copies`: slots beyond one of each expert."""
+    names, by_rank = dispatch_names(config), summed_by_rank(config, spec)
+    if not config.engine.batch_invariant or not by_rank:
+        return
+    if copies and config.ep > 1:
+        logical = config.ep * spec.rows.num_slots - copies
+        yield ConfigError(
+            f"dispatch={by_rank[0]} with engine.batch_invariant=true and {copies} copies of experts (ep={config.ep} "
+            f"ranks of {spec.rows.num_slots} slots, {logical} experts): it sums by rank, and which copy serves a token "
+            "follows from its home. Set dispatch=all_to_all, or place each expert once (an ep that divides "
+            f"{logical}, placement.num_redundant_experts=0)."
+        )
+    if len(names) > 1:
         yield ConfigError(
             f"decode_dispatch={names[1]} with dispatch={names[0]}: they round in their own ways, and under "
             "engine.batch_invariant a token's bits must not tell its step's mates. Leave decode_dispatch out."

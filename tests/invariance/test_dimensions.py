@@ -13,7 +13,10 @@ from moe_kernels.permute import unpermute
 from torch import Tensor
 
 from moe_runtime.dispatch import all_to_all
+from moe_runtime.errors import ConfigError
 from moe_runtime.launch import sizing
+from moe_runtime.launch.compose import compose
+from moe_runtime.parallel.placement import ExpertPlacement
 from tests.data import ROPE_DIM, random_prompts, write_checkpoint
 from tests.invariance.runs import Answer, alone, assert_close, assert_same_bits, run
 
@@ -158,6 +161,19 @@ def test_all_gather_gives_the_same_bits_on_as_many_ranks(base: Base, words: list
     common = [INVARIANT, "tp=1", "ep=4", "dispatch=all_gather"]
     want = alone(base.folder, base.prompts, common, new_tokens=NEW_TOKENS)
     assert_same_bits(run(base.folder, [base.prompts], [*common, *words], new_tokens=NEW_TOKENS), want)
+
+
+def test_sums_by_rank_want_experts_once(base: Base, tmp_path: Path) -> None:
+    """A second copy on another rank regroups a token's sums, and which copy serves it follows from its home."""
+    common = [f"model={base.folder}", INVARIANT, "tp=1", "dispatch=all_gather"]
+    twice = tmp_path / "twice.json"
+    twice.write_text(ExpertPlacement.uniform(2, 16, ep=4, num_redundant=4).to_json())
+    copies = {"placement.num_redundant_experts=4": (4, 4), "ep=3": (3, 2), f"placement.file={twice}": (4, 4)}
+    for word, (ep, num) in copies.items():
+        with pytest.raises(ConfigError, match=rf"all_gather with engine.batch_invariant=true and {num} copies"):
+            compose([*common, f"ep={ep}", word])
+        compose([*common[:-1], f"ep={ep}", word, "dispatch=all_to_all"])
+    compose([*common, "ep=1", "placement.num_redundant_experts=4"])
 
 
 def test_another_order_of_sums_is_noticed(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

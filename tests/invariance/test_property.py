@@ -71,14 +71,15 @@ class Variant:
     """Another way to run the same prompts. `twice`: the second time finds what the first has cached."""
 
     words: list[str]
-    dispatch: str
     twice: bool
 
 
 @st.composite
-def variants(draw: st.DrawFn, *, model: Model, tp: int, longest: int) -> Variant:
+def variants(draw: st.DrawFn, *, model: Model, tp: int, longest: int, gathers: bool) -> Variant:
+    """`gathers`: whether dispatchers that sum by rank are among them."""
     dp = draw(st.sampled_from([1, 2, 4, 8]))
-    dispatch = draw(st.sampled_from(["all_to_all", "all_to_all", "all_gather", *["local"] * (dp * tp == 1)]))
+    gathered = ["all_gather"] * gathers
+    dispatch = draw(st.sampled_from(["all_to_all", "all_to_all", *gathered, *["local"] * (dp * tp == 1)]))
     batched, page = draw(st.sampled_from([4, 9, 2048])), draw(st.sampled_from([1, 3, 16]))
     words = [
         f"ep={dp * tp}",
@@ -95,7 +96,7 @@ def variants(draw: st.DrawFn, *, model: Model, tp: int, longest: int) -> Variant
         words.append(f"engine.kv_cache_bytes={(-(-longest // page) + 1) * page * model.token_bytes}")
     if draw(st.booleans()):  # a token or two per dispatch
         words.append(f"engine.dispatch_buffer_bytes={4 * dp * tp * model.row_bytes}")
-    return Variant(words, dispatch, draw(st.booleans()))
+    return Variant(words, draw(st.booleans()))
 
 
 @pytest.mark.parametrize("invariant", [True, False], ids=["invariant", "fast"])
@@ -109,18 +110,18 @@ def test_any_way_to_run_it(tmp_path_factory: pytest.TempPathFactory, data: st.Da
     lengths = data.draw(st.lists(st.integers(1, 40) | st.integers(62, 100), min_size=1, max_size=5), "lengths")
     tp = data.draw(st.sampled_from([1, 2, 4]), "tp")
     shared = data.draw(st.sampled_from(["replicated", "dispatched"]), "shared experts")
-    variant = data.draw(variants(model=model, tp=tp, longest=max(lengths) + NEW_TOKENS), "variant")
+    longest = max(lengths) + NEW_TOKENS
+    variant = data.draw(variants(model=model, tp=tp, longest=longest, gathers=not invariant), "variant")
     prompts = random_prompts(lengths, seed=model.seed)
     common = [f"engine.batch_invariant={str(invariant).lower()}", f"tp={tp}", f"shared_experts={shared}"]
-    gathers = variant.dispatch == "all_gather"
-    if invariant and not gathers:
+    if invariant:
         common.append(f"dtype={data.draw(st.sampled_from(['float32', 'bfloat16']), 'dtype')}")
     scored = not variant.twice  # scoring a prompt computes all of it, cached or not
     want = alone(folder, prompts, [*common, f"ep={tp}"], new_tokens=NEW_TOKENS, score_prompts=scored)
     times = 2 if variant.twice else 1
     got = run(folder, [prompts] * times, [*common, *variant.words], new_tokens=NEW_TOKENS, score_prompts=scored)
     for first in range(0, len(got), len(want)):
-        _compare(got[first : first + len(want)], want, bits=invariant and not gathers)
+        _compare(got[first : first + len(want)], want, bits=invariant)
 
 
 def _compare(got: list[Answer], want: list[Answer], *, bits: bool) -> None:

@@ -95,9 +95,14 @@ LENGTHS: Final = (1, 9, 37, 22)
 
 
 def valid(row: Row) -> bool:
-    """Heads divide over tp, tp over ep, and `local` knows one rank only."""
+    """Heads divide over tp, tp over ep, `local` knows one rank only, and sums by rank are invariant without copies."""
     ep, tp = int(row["ep"]), int(row["tp"])
-    return ep % tp == 0 and (row["dispatch"] != "local" or ep == 1)
+    if ep % tp or (row["dispatch"] == "local" and ep > 1):
+        return False
+    if row["dispatch"] != "all_gather" or row["engine.batch_invariant"] == "false" or ep == 1:
+        return True
+    once = row["placement.num_redundant_experts"] == "0" and row["shared_experts"] == "replicated"
+    return once and SHAPES[row["model"]].changes.get("n_routed_experts", 16) % ep == 0
 
 
 def words(row: Row) -> list[str]:
