@@ -19,12 +19,10 @@ from typing import Any, Final
 import torch
 from moe_kernels.quant import quantize_rows
 from torch import Tensor
-from torch.nn.functional import pad
 
 from moe_runtime.comm.base import Communicator
 from moe_runtime.dispatch.base import Capabilities, DispatchStep, GroupedRows, Layout, Phase, Rows
 from moe_runtime.dispatch.deep_ep.elastic_sizes import (
-    SCALE_BLOCK,
     buffer_bytes,
     capacities,
     hybrid,
@@ -32,6 +30,7 @@ from moe_runtime.dispatch.deep_ep.elastic_sizes import (
     padded_hidden,
     unfit,
 )
+from moe_runtime.dispatch.deep_ep.width import SCALE_BLOCK, narrowed, widened
 from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.errors import ConfigError
 from moe_runtime.types import Pending, PhysicalRouting
@@ -68,12 +67,12 @@ class ElasticDispatcher:
         self._library = library
         self._device = torch.device(device)
         self._mixed_capacity, self._decode_capacity = capacities(spec)
-        self._padding = padded_hidden(spec.hidden) - spec.hidden
+        self._width = padded_hidden(spec.hidden)
         nodes, ranks_per_node = library.get_physical_domain_size(group)
         self._buffer = library.ElasticBuffer(
             group,
             num_max_tokens_per_rank=max(self._mixed_capacity, self._decode_capacity),
-            hidden=padded_hidden(spec.hidden),
+            hidden=self._width,
             num_topk=spec.top_k,
             use_fp8_dispatch=spec.rows.quantize,
             allow_hybrid_mode=hybrid(nodes, ranks_per_node, spec.rows.num_slots),
@@ -127,7 +126,7 @@ class ElasticDispatcher:
         """`y [R, H]` bf16, weighted."""
         assert y.dtype is torch.bfloat16, f"the experts gave {y.dtype}; DeepEP V2 sums bf16"
         summed, _, event = self._buffer.combine(
-            pad(y, (0, self._padding)) if self._padding else y.contiguous(),
+            widened(y, self._width),
             handle=handle.inner,
             previous_event=self._library.ElasticBuffer.capture(),
             async_with_compute_stream=True,
@@ -141,7 +140,7 @@ class ElasticDispatcher:
 
     def _payload(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """`x [T, H]` as it travels: with columns of zeros where the library wants them, fp8 where the experts do."""
-        x = pad(x, (0, self._padding)) if self._padding else x.contiguous()
+        x = widened(x, self._width)
         if not self._spec.rows.quantize:
             return x
         quantized = quantize_rows(x, group=SCALE_BLOCK, ue8m0=self._spec.rows.ue8m0)
@@ -162,12 +161,12 @@ class _Arriving:
     def wait(self) -> tuple[Rows, ElasticHandle]:
         self.event.current_stream_wait()
         data, scales = self.arrived if isinstance(self.arrived, tuple) else (self.arrived, None)
-        hidden = self.spec.hidden
+        data, scales = narrowed(data, scales, self.spec.hidden)
         rows = GroupedRows(
-            data[:, :hidden].contiguous(),
+            data.contiguous(),
             self.handle.inner.psum_num_recv_tokens_per_expert,
             self.spec.rows.alignment,
-            scales=None if scales is None else scales[:, : -(-hidden // SCALE_BLOCK)],
+            scales=scales,
             weights=self.weights,
             expected_rows=self.mean,
         )

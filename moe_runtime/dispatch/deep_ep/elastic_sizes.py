@@ -11,12 +11,12 @@ from typing import Final
 
 import torch
 
+from moe_runtime.dispatch.deep_ep.width import SCALE_BLOCK
 from moe_runtime.dispatch.missing import Missing
 from moe_runtime.dispatch.spec import DispatchSpec
 
 HIDDEN_MULTIPLE: Final = 256
 """A warp of the combine kernel moves 32 x 16 bytes at a time."""
-SCALE_BLOCK: Final = 128
 DOMAIN: Final = 8
 """Ranks within NVLink's reach of one another, where nothing else is known: a node of eight GPUs."""
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from moe_runtime.comm.base import Communicator
 from moe_runtime.dispatch.base import Capabilities, DispatchStep, GroupedRows, Layout, Phase, Rows
 from moe_runtime.dispatch.deep_ep.legacy_low_latency import TOLERANCE as LOW_LATENCY_TOLERANCE
-from moe_runtime.dispatch.deep_ep.legacy_low_latency import LowLatency, LowLatencyHandle, narrowed, widened
+from moe_runtime.dispatch.deep_ep.legacy_low_latency import LowLatency, LowLatencyHandle
 from moe_runtime.dispatch.deep_ep.legacy_sizes import (
     NODE,
     QUEUE_DEPTH,
@@ -37,6 +37,7 @@ from moe_runtime.dispatch.deep_ep.legacy_sizes import (
     normal_unfit,
     unfit,
 )
+from moe_runtime.dispatch.deep_ep.width import narrowed, widened
 from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.errors import ConfigError
 from moe_runtime.types import Pending, PhysicalRouting

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from moe_runtime.dispatch.base import DispatchStep, PaddedRows
 from moe_runtime.dispatch.deep_ep.legacy_sizes import MAX_IN_FLIGHT
+from moe_runtime.dispatch.deep_ep.width import narrowed, widened
 from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.types import PhysicalRouting
 
@@ -138,16 +138,3 @@ class _Combining:
     def wait(self) -> Tensor:
         self.receiving.receive()
         return self.out[:, : self.hidden].contiguous()
-
-
-def widened(x: Tensor, width: int) -> Tensor:
-    """`x [..., H]` with zeros up to `width` columns, contiguous."""
-    missing = width - x.shape[-1]
-    return pad(x, (0, missing)) if missing else x.contiguous()
-
-
-def narrowed(data: Tensor, scales: Tensor | None, hidden: int) -> tuple[Tensor, Tensor | None]:
-    """The first `hidden` columns and the scales of those: views."""
-    if data.shape[-1] == hidden:
-        return data, scales
-    return data[..., :hidden], None if scales is None else scales[..., : -(-hidden // 128)]

@@ -19,9 +19,15 @@ from unittest import mock
 from moe_runtime import LLM, SamplingParams
 from moe_runtime.balance.load import LoadRecorder
 from moe_runtime.engine.recording import Recording
+from moe_runtime.engine.snapshot_file import SnapshotFile
 from moe_tools.bench.record import append_record
 
-_TIMED = ((LoadRecorder, "record"), (LoadRecorder, "record_received"), (Recording, "after"))
+_TIMED = (
+    (LoadRecorder, "record"),
+    (LoadRecorder, "record_received"),
+    (Recording, "after"),
+    (SnapshotFile, "offer"),
+)
 
 
 @dataclass(slots=True)
