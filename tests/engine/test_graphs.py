@@ -1,10 +1,9 @@
-"""Decode steps as captured graphs: where there are any, their buffers, and ranks that capture and replay together."""
+"""Decode steps as captured graphs: their buffers, and ranks that capture and replay together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -12,26 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_kernels import backends
 from moe_kernels.mla import LatentCache
-from moe_models.base import ModelConfig
 from torch import Tensor
 
 from moe_runtime.cache.latent import LatentKVCache
-from moe_runtime.cli.doctor import doctor
 from moe_runtime.comm.base import Communicator
-from moe_runtime.comm.overdue import Completable, Overdue
-from moe_runtime.comm.together import ProcessTogether, virtual_together
+from moe_runtime.comm.together import virtual_together
 from moe_runtime.comm.virtual import VirtualCluster, virtual_groups
-from moe_runtime.config import EngineConfig, RuntimeConfig
 from moe_runtime.dispatch.base import Phase
-from moe_runtime.engine.cuda_graph import CudaGraphs
 from moe_runtime.engine.graphs import GraphCounts, ProcessGraphs, RankGraphs
 from moe_runtime.engine.plan import ChunkKind, SequenceChunk, StepPlan
 from moe_runtime.engine.runner import GroupStep, Runner
 from moe_runtime.engine.step_buffers import StepBuffers
-from moe_runtime.errors import CommunicationError, ConfigError
-from moe_runtime.launch.compose import compose
-from moe_runtime.launch.graphs import graphs_mode
-from moe_runtime.launch.wire import decode_run, encode_run
+from moe_runtime.errors import CommunicationError
 from moe_runtime.layers.step import StepInputs
 from tests.doubles.cuda_graph import RecordedGraphs
 
@@ -237,142 +228,6 @@ def test_closed_twice(make_world: Callable[..., World]) -> None:
     assert all(graph.released for graph in world.api.graphs)
 
 
-# torch's own graphs, in front of a stand-in for torch.cuda: the order of the calls
-
-
-class FakeCuda:
-    """What `CudaGraphs` calls, written down. `fails`: the call that raises."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[str] = []
-        self.fails = ""
-        self.current = "main"
-        cuda = self
-
-        class Stream:
-            device = torch.device("cuda", 1)
-
-            def __init__(self, name: str = "side") -> None:
-                self.name = name
-
-            def wait_stream(self, other: Stream) -> None:
-                cuda.call(f"{self.name} waits for {other.name}")
-
-        class Graph:
-            def capture_begin(self, pool: str, capture_error_mode: str) -> None:
-                cuda.call(f"begin in {pool}, {capture_error_mode}, on {cuda.current}")
-
-            def capture_end(self) -> None:
-                cuda.call("end")
-
-            def replay(self) -> None:
-                cuda.call(f"replay on {cuda.current}")
-
-            def reset(self) -> None:
-                cuda.call("reset")
-
-        def set_stream(stream: Stream) -> None:
-            self.current = stream.name
-
-        monkeypatch.setattr(torch.cuda, "Stream", Stream)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(self.current))
-        monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda device="": self.call(f"synchronize {device}".rstrip()))
-        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.call("empty_cache"))
-
-    def call(self, what: str) -> None:
-        self.calls.append(what)
-        if self.fails and what.startswith(self.fails):
-            raise RuntimeError(f"CUDA refuses {what}")
-
-
-def test_torch_graphs_capture_beside_the_stream_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    api = CudaGraphs()
-    api.warm()
-    assert cuda.current == "side", "what is made on first use is made for the stream of the capture"
-    api.begin()
-    graph = api.end()
-    assert cuda.current == "main"
-    graph.replay()
-    graph.release()
-    graph.release()
-    assert cuda.calls == [
-        "side waits for main",
-        "synchronize",
-        "empty_cache",
-        "begin in pool, thread_local, on side",
-        "end",
-        "main waits for side",
-        "replay on main",
-        "synchronize cuda:1",  # whoever releases, it may have another device current
-        "reset",
-    ]
-
-
-@pytest.mark.parametrize("fails", ["synchronize", "begin", "end"])
-def test_torch_graphs_leave_the_stream_after_a_failure(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
-    cuda = FakeCuda(monkeypatch)
-    api = CudaGraphs()
-    api.warm()
-    cuda.fails = fails
-    if fails == "end":
-        api.begin()
-    with pytest.raises(RuntimeError, match=f"CUDA refuses {fails}"):
-        (api.end if fails == "end" else api.begin)()
-    api.abandon()
-    api.abandon()
-    assert cuda.current == "main"
-    cuda.fails = ""
-    api.begin()
-    with pytest.raises(RuntimeError, match="inside a capture"):
-        api.begin()
-    api.abandon()
-    assert cuda.current == "main" and cuda.calls[-2:] == ["reset", "main waits for side"]
-
-
-def test_a_failed_device_hides_no_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    api = CudaGraphs()
-    api.warm()
-    cuda.fails = "main waits for side"
-    api.abandon()
-    assert cuda.current == "main" and cuda.calls[-1] == cuda.fails
-
-
-class Clock(Overdue):
-    """Says what it is given to watch."""
-
-    def __init__(self, added: list[tuple[str, tuple[int, ...], bool]]) -> None:
-        self._added = added
-
-    def add(self, label: str, ranks: Sequence[int], work: Completable) -> None:
-        self._added.append((label, tuple(ranks), work.is_completed()))
-
-
-def test_a_replay_that_hangs_is_overdue(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for it on the host, so the clock of the process's operations watches it."""
-    added: list[tuple[str, tuple[int, ...], bool]] = []
-    process = SimpleNamespace(
-        whereabouts=SimpleNamespace(fault=None),
-        overdue=Clock(added),
-        world=3,
-    )
-    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, query=lambda: False))
-    capturing = [False]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    together, acts = ProcessTogether(process), list[int]()  # type: ignore[arg-type]
-    together.once("replay", lambda: acts.append(1))
-    capturing[0] = True
-    together.once("capture", lambda: acts.append(2))
-    assert acts == [1, 2] and added == [("replay", (0, 1, 2), False)]
-    process.whereabouts.fault = CommunicationError("rank 2 is gone")
-    with pytest.raises(CommunicationError, match="rank 2 is gone"):
-        together.once("replay", lambda: acts.append(3))
-
-
 # Buffers
 
 
@@ -413,59 +268,3 @@ def test_buffers_hold_what_the_runner_makes(plans: list[tuple[StepPlan, int]]) -
             width = wanted.absorbed.page_table.shape[1]
             assert fields.page_table[:n, :width].tolist() == wanted.absorbed.page_table.tolist()
         assert fields.page_table.min() >= 0 and fields.page_table.max() < 8, "leftovers are pages too"
-
-
-# Whether
-
-
-@pytest.mark.parametrize(
-    ("words", "why", "remedy"),
-    [
-        ("device=cpu", "device=cpu has no CUDA graphs", "device=cuda"),
-        ("engine.padding=own", "engine.padding=own gives every DP group rows of its own", "engine.padding=auto"),
-        ("engine.dispatch_buffer_bytes=512KiB engine.cuda_graph_sizes=[64]", "cuts steps of 64 rows", "or more"),
-    ],
-)
-def test_what_stands_against_graphs(words: str, why: str, remedy: str) -> None:
-    config, model = run_of(f"device=cuda dispatch=all_gather ep=4 {words}")
-    assert graphs_mode(config, model)[0] == "off"
-    assert why in graphs_mode(config, model).reason
-    asked = replace(config, engine=replace(config.engine, cuda_graphs="on"))
-    with pytest.raises(ConfigError, match=rf"engine.cuda_graphs=on: .*Set .*{remedy}") as caught:
-        graphs_mode(asked, model)
-    assert why in str(caught.value)
-
-
-def test_where_nothing_stands_against_graphs() -> None:
-    mode, reason, sizes = graphs_mode(*run_of("device=cuda dispatch=all_gather ep=8 tp=4 engine.max_num_seqs=30"))
-    assert (mode, sizes) == ("on", (4, 8, 16, 24, 32))
-    assert "up to 32 rows per DP group, in 5 sizes" in reason
-    found = graphs_mode(*run_of("device=cuda dispatch=local engine.cuda_graph_sizes=[8,1] engine.max_num_seqs=30"))
-    assert found.sizes == (1, 8) and "9 to 30 tokens run without" in found.reason
-    assert graphs_mode(*run_of("device=cuda dispatch=local engine.cuda_graphs=off")).mode == "off"
-
-
-@pytest.mark.parametrize("words", ["device=cpu", "device=cuda engine.cuda_graphs=off", "device=cuda dispatch=local"])
-def test_sizes_that_are_none(words: str) -> None:
-    with pytest.raises(ConfigError, match=r"engine.cuda_graph_sizes=\[4, 0\]: .*at least 1"):
-        graphs_mode(*run_of(f"{words} engine.cuda_graph_sizes=[4,0]"))
-
-
-def run_of(words: str) -> tuple[RuntimeConfig, ModelConfig]:
-    problems: list[Exception] = []
-    composed = compose(words.split(), report=problems.append)  # no CUDA device here
-    return composed.config, composed.model
-
-
-def test_sizes_cross_between_processes() -> None:
-    composed = compose(["engine.cuda_graph_sizes=[1,4]"])
-    assert composed.config.engine.cuda_graph_sizes == (1, 4)
-    assert decode_run(encode_run(composed)).config == composed.config
-    assert compose(["engine.cuda_graph_sizes=null"]).config.engine == EngineConfig()
-
-
-def test_doctor_says_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor(["engine.cuda_graphs=on"]) == 1
-    assert "device=cpu has no CUDA graphs. Set device=cuda" in capsys.readouterr().out
-    assert doctor([]) == 0
-    assert "off: device=cpu has no CUDA graphs" in capsys.readouterr().out
