@@ -49,7 +49,7 @@ class BalanceConfig:
     record: RecordMode = setting(
         "stat", "tokens per layer and expert: stat: per window of steps, per_pass: per step, per_token: every route"
     )
-    window_steps: int = setting(100, "steps with tokens after which all ranks' counts are put together", minimum=1)
+    window_steps: int = setting(100, "steps with tokens of a window of loads, traced or moved by", minimum=1)
     trace: str | None = setting(
         None, "folder to write the recorded loads to; must hold no trace yet; docs/balance.md", verbatim=True
     )

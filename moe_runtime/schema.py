@@ -150,12 +150,12 @@ def read_tree(keys: Iterable[Key], tree: Mapping[str, object], *, report: Report
     return values
 
 
-def unknown_key(name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a key that does not exist, with the nearest existing one."""
+def unknown_key(name: str, known: Iterable[str], *, program: str = "python -m moe_runtime") -> ConfigError:
+    """The error for a key that does not exist, with the nearest existing one. `program`: whose --help lists them."""
     names = list(known)
     leaves = [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]]
     hint = f" Did you mean {leaves[0]!r}?" if leaves else _nearest_key(name, names)
-    return ConfigError(f"{name}: unknown key.{hint} `python -m moe_runtime --help` lists every key.")
+    return ConfigError(f"{name}: unknown key.{hint} `{program} --help` lists every key.")
 
 
 def _nearest_key(name: str, names: Iterable[str]) -> str:

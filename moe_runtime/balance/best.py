@@ -114,6 +114,17 @@ def _scaled(loads: Grid, ep: int) -> Grid:
     return scaled
 
 
+def over_nodes(total: Grid, slots: Ints, *, nodes: int) -> Ints:
+    """`slots [L, D, S]` with ranks renamed: dealt to nodes from the heaviest to the lightest, forth and back. Nodes get
+    even shares of `total [L, E]`, and copies of one expert are on several."""
+    turn, place = np.divmod(np.arange(slots.shape[1]), nodes)
+    rank = np.where(turn % 2, nodes - 1 - place, place) * (slots.shape[1] // nodes) + turn
+    dealt = np.empty_like(slots)
+    order = np.argsort(-loads_of(total[None], slots)[0], axis=1, kind="stable")
+    dealt[:, rank] = np.take_along_axis(slots, order[..., None], axis=1)
+    return dealt
+
+
 def measures(loads: Grid, slots: Ints) -> Grid:
     """[3, L], the busiest rank over the mean rank, 1 is best: of the whole load; over time; in the worst window.
 

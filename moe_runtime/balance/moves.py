@@ -6,7 +6,7 @@ P slots of a layer, `num_local` of them on each rank. A slot travels as rows of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +26,10 @@ class Piece:
     move: int
     first: int
     last: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.last - self.first
 
 
 Round = tuple[Piece, ...]
@@ -85,30 +89,65 @@ def rows_of(num_bytes: int) -> int:
     return -(-num_bytes // ROW_BYTES)
 
 
-def rounds(moves: Sequence[Move], *, slot_bytes: int, bytes_per_step: int, num_local: int) -> tuple[Round, ...]:
-    """The pieces of each step: no rank sends or receives more than `bytes_per_step`, rounded down to rows, but at least
-    one row. Moves within a rank do not travel. Earlier moves go first; a later one uses what they leave."""
-    whole, most = rows_of(slot_bytes), max(1, bytes_per_step // ROW_BYTES)
-    left = {number: whole for number, move in enumerate(moves) if move.source // num_local != move.target // num_local}
-    found: list[Round] = []
+def rows_per_step(bytes_per_step: int, *, slot_bytes: int, num_local: int) -> int:
+    """Rows that a rank sends at most, and receives at most, in one step: what `bytes_per_step` holds, but at least one,
+    and no more than one layer's slots."""
+    return min(max(1, bytes_per_step // ROW_BYTES), num_local * rows_of(slot_bytes))
+
+
+def rounds(
+    moves: Sequence[Move], *, slot_bytes: int, bytes_per_step: int, num_local: int, rank: int | None = None
+) -> Iterator[Round]:
+    """The pieces of each step: no rank sends or receives more rows than `rows_per_step`. Moves within a rank do not
+    travel. Earlier moves go first; a later one uses what they leave.
+
+    `rank`: only what this rank sends or receives, an empty round where that is nothing. Made as they are taken: a step
+    costs time in proportion to its moves, however small its pieces are.
+    """
+    done: Counter[int] = Counter()
+    same = _stretches(moves, slot_bytes=slot_bytes, bytes_per_step=bytes_per_step, num_local=num_local)
+    for counts, num_steps in same:
+        mine = [
+            (number, count)
+            for number, count in counts.items()
+            if rank is None or rank in (moves[number].source // num_local, moves[number].target // num_local)
+        ]
+        for _ in range(num_steps):
+            yield tuple([Piece(number, done[number], done[number] + count) for number, count in mine])
+            for number, count in mine:
+                done[number] += count
+
+
+def num_rounds(moves: Sequence[Move], *, slot_bytes: int, bytes_per_step: int, num_local: int) -> int:
+    """How many steps `rounds` takes, without making them."""
+    same = _stretches(moves, slot_bytes=slot_bytes, bytes_per_step=bytes_per_step, num_local=num_local)
+    return sum(num_steps for _, num_steps in same)
+
+
+def _stretches(
+    moves: Sequence[Move], *, slot_bytes: int, bytes_per_step: int, num_local: int
+) -> Iterator[tuple[dict[int, int], int]]:
+    """Rows of each move that travels, and for how many steps on end: what is sent stays the same until a move has less
+    left than its share."""
+    whole, most = rows_of(slot_bytes), rows_per_step(bytes_per_step, slot_bytes=slot_bytes, num_local=num_local)
+    ends = [(move.source // num_local, move.target // num_local) for move in moves]
+    left = {number: whole for number, (source, target) in enumerate(ends) if source != target}
+    ranks = {rank: most for pair in ends for rank in pair}
     while left:
-        out: Counter[int] = Counter()
-        into: Counter[int] = Counter()
-        pieces = []
-        for number in list(left):
-            source, target = moves[number].source // num_local, moves[number].target // num_local
-            count = min(left[number], most - out[source], most - into[target])
-            if count <= 0:
-                continue
-            first = whole - left[number]
-            pieces.append(Piece(number, first, first + count))
-            out[source] += count
-            into[target] += count
-            left[number] -= count
+        out, into = ranks.copy(), ranks.copy()
+        counts: dict[int, int] = {}
+        for number, rows in left.items():
+            source, target = ends[number]
+            if (count := min(rows, out[source], into[target])) > 0:
+                counts[number] = count
+                out[source] -= count
+                into[target] -= count
+        num_steps = min(left[number] // count for number, count in counts.items())
+        yield counts, num_steps
+        for number, count in counts.items():
+            left[number] -= num_steps * count
             if not left[number]:
                 del left[number]
-        found.append(tuple(pieces))
-    return tuple(found)
 
 
 def busiest_bytes(moves: Sequence[Move], *, slot_bytes: int, num_local: int) -> int:

@@ -41,10 +41,14 @@ class Neighbours:
 
     def best_swap(self) -> Move:
         """(load after, slot of the busiest rank `[n]`, place 0..P-1 of the other replica `[n]`)."""
-        gain = self.own[..., None] - self.each[:, :, None]
-        after = self._of_slots(self.totals)[:, :, None] + gain
-        np.maximum(after, self.busy[:, :, None, None] - gain, out=after)
-        worst = after.max(axis=0) if len(after) > 1 else after[0]
+        totals, shape = self._of_slots(self.totals), (len(self.at), self.size, self.flat.shape[1])
+        worst, gain, left = np.full(shape, -np.inf), np.empty(shape), np.empty(shape)
+        for view in range(len(totals)):  # one after the other, so that the arrays stay in the cache
+            np.subtract(self.own[view][..., None], self.each[view][:, None], out=gain)
+            np.add(totals[view][:, None], gain, out=left)
+            np.maximum(worst, left, out=worst)
+            np.subtract(self.busy[view][:, None, None], gain, out=left)
+            np.maximum(worst, left, out=worst)
         if self.search.apart:  # among them all of the busiest rank itself
             self._forbid(worst, self._held_here()[:, None])
             self._forbid(worst, self._of_slots(self._held_there()))

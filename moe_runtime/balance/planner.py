@@ -5,7 +5,7 @@ W windows of time, L MoE layers, E' logical experts, P slots on ep ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -13,17 +13,18 @@ import numpy as np
 import torch
 
 from moe_runtime.balance.arrays import Bools, Grid, Ints, Loads, windows
-from moe_runtime.balance.best import best, measures, objective
+from moe_runtime.balance.best import best, measures, objective, over_nodes
 from moe_runtime.balance.eplb import eplb
 from moe_runtime.balance.kept import Ways, keep
 from moe_runtime.balance.measures import balancedness, rank_loads
 from moe_runtime.errors import ConfigError, nearest, nearest_divisor
 from moe_runtime.parallel.placement import ExpertPlacement, num_physical_experts
 
-__all__ = ["GainAtMoves", "PlanPolicy", "balancedness", "gain_at_moves", "plan_placement", "rank_loads"]
+__all__ = ["GainAtMoves", "PlanPolicy", "balancedness", "gain_at_moves", "plan_placement", "plans_beside", "rank_loads"]
 
 PlanPolicy = Literal["best", "eplb"]
 FRACTIONS: Final = (0.05, 0.1, 0.25, 0.5, 1.0)
+PARTS: Final = (2, 4, 8, 16)
 
 
 def plan_placement(
@@ -39,8 +40,9 @@ def plan_placement(
 ) -> ExpertPlacement:
     """A placement for `loads [L, E']` or `[W, L, E']` (tokens per logical expert, int or float).
 
-    `eplb`: DeepSeek's policies on the sum of the windows. `best`: in every layer at least as even as `eplb`, for the
-    sum, over time and in the worst window (docs/balance.md). With `num_groups` experts of one group stay on one node
+    `eplb`: DeepSeek's policies on the sum of the windows. `best`: in every layer at least as even as `eplb`: for the
+    load itself where there is one window, else over time and in the worst window, at which the load's sum may be less
+    even than `eplb` leaves it (docs/balance.md). With `num_groups` experts of one group stay on one node
     where the nodes divide the groups; without, all ranks are alike. `previous`: ranks and slots are numbered so that
     most slots keep their expert; `best` keeps layers that it cannot improve. `move_budget`: at most so many slots
     change, summed over layers, best gain first.
@@ -60,6 +62,28 @@ def plan_placement(
         )
     old = None if previous is None else _slots_of(previous, request, len(values[0]))
     return _placement(request.plan(values, policy, old, move_budget), request)
+
+
+def plans_beside(
+    loads: Loads,
+    previous: ExpertPlacement,
+    *,
+    ranks_per_node: int,
+    num_groups: int | None = None,
+    policy: PlanPolicy = "best",
+    move_budget: int | None = None,
+) -> tuple[ExpertPlacement, ...]:
+    """The plan of `plan_placement`, then those with at most 1/2, 1/4, 1/8 and 1/16 of its moves, from the same search:
+    few moves often bring most of the gain. `eplb` plans from nothing and heeds no budget: one plan.
+
+    Errors as `plan_placement`.
+    """
+    values = windows(loads)
+    sizes = previous.num_logical, previous.ep, previous.num_local
+    request = _Request.of_slots(*sizes, ranks_per_node, num_groups)
+    old = _slots_of(previous, request, len(values[0]))
+    plans = request.plans(values, policy, old, None if policy == "eplb" else move_budget, PARTS)
+    return tuple([_placement(slots, request) for slots in plans])
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +134,15 @@ def gain_at_moves(
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """Checked sizes. `nodes` is 1 for the global policy."""
+    """Checked sizes. `nodes` is 1 for the global policy; `num_nodes`: the nodes that there are, 1 where they differ in
+    size."""
 
     num_logical: int
     ep: int
     num_slots: int
-    nodes: int
-    num_groups: int
+    num_nodes: int
+    nodes: int = 1
+    num_groups: int = 1
 
     @classmethod
     def checked(
@@ -137,29 +163,41 @@ class _Request:
     def of_slots(cls, experts: int, ep: int, slots: int, ranks_per_node: int, num_groups: int | None) -> _Request:
         if ranks_per_node < 1:
             raise ConfigError(f"ranks_per_node={ranks_per_node}: must be at least 1.")
+        nodes = ep // ranks_per_node if ep % ranks_per_node == 0 else 1
         if num_groups is None:
-            return cls(experts, ep, slots, 1, 1)
+            return cls(experts, ep, slots, nodes)
         if num_groups < 1 or experts % num_groups:
             raise ConfigError(
                 f"num_groups={num_groups}: must divide the {experts} logical experts. Nearest: "
                 f"{nearest_divisor(max(num_groups, 1), experts)}; without groups all ranks are alike."
             )
-        nodes = ep // ranks_per_node if ep % ranks_per_node == 0 else 1
         grouped = nodes > 1 and num_groups % nodes == 0
-        return cls(experts, ep, slots, nodes if grouped else 1, num_groups if grouped else 1)
+        return cls(experts, ep, slots, nodes, *((nodes, num_groups) if grouped else ()))
 
     def plan(self, values: Grid, policy: PlanPolicy, old: Ints | None, budget: int | None) -> Ints:
+        return next(self.plans(values, policy, old, budget))
+
+    def plans(
+        self, values: Grid, policy: PlanPolicy, old: Ints | None, budget: int | None, parts: Sequence[int] = ()
+    ) -> Iterator[Ints]:
+        """The plan, and beside `old` those with at most 1/part of its moves."""
         total = values.sum(axis=0)
         base = eplb(total, ep=self.ep, num_slots=self.num_slots, nodes=self.nodes, num_groups=self.num_groups)
         slots = base if policy == "eplb" else best(values, base, nodes=self.nodes, num_groups=self.num_groups)
         if old is None:
-            return slots
+            deals = policy == "best" and self.nodes == 1
+            yield over_nodes(total, slots, nodes=self.num_nodes) if deals else slots
+            return
         slots = keep(slots, old, nodes=self.nodes, num_experts=self.num_logical)
         if policy == "eplb":
-            return slots
+            yield slots
+            return
         ways = Ways(values, old, slots, node=self.node)
         near = ways.nearest(base, self._grouped(old))
-        return near if budget is None or int((near != old).sum()) <= budget else ways.within(budget)
+        whole = near if budget is None or int((near != old).sum()) <= budget else ways.within(budget)
+        yield whole
+        moves = int((whole != old).sum())
+        yield from (ways.within(moves // part) for part in parts if moves >= part)
 
     def _grouped(self, slots: Ints) -> Bools:
         """[L]: each group of `slots [L, D, S]` is on one node."""

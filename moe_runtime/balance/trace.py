@@ -1,14 +1,14 @@
 """A trace of expert loads: what a run has recorded, read back. The format stands in docs/balance.md, "Traces".
 
-W windows, L MoE layers, E logical experts, N tokens with routes, K top-k. A folder holds `trace.json` (TraceHeader) and
-parts `part-00000.safetensors`, …, of whole windows each, all written by renaming, so a trace can be read while a run
-writes it.
+W windows, L MoE layers, E logical experts, P slots, N tokens with routes, K top-k, C changes of a layer's placement. A
+folder holds `trace.json` (TraceHeader) and parts `part-00000.safetensors`, …, of whole windows each, all written by
+renaming, so a trace can be read while a run writes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from moe_runtime.balance.trace_header import HEADER_FILE, TraceHeader, has_trace, read_header
 from moe_runtime.balance.trace_parts import (
+    CHANGE_COLUMNS,
     PHASES,
     TOKEN_COLUMNS,
     WINDOW_COLUMNS,
+    Change,
     PartsGoneError,
     Window,
     empty_columns,
@@ -27,8 +29,10 @@ from moe_runtime.balance.trace_parts import (
 )
 from moe_runtime.balance.trace_writer import TraceWriter
 from moe_runtime.errors import TraceError
+from moe_runtime.parallel.placement import ExpertPlacement
 
 __all__ = [
+    "Change",
     "HEADER_FILE",
     "PHASES",
     "Trace",
@@ -38,7 +42,7 @@ __all__ = [
     "has_trace",
     "read_header",
     "read_trace",
-    "replay",
+    "routed_loads",
     "trace_of",
 ]
 
@@ -82,6 +86,14 @@ class Trace:
     """[N] bool"""
     window: Tensor
     """[N] int64: the window, 0..W-1, in which the token was counted"""
+    micro_batch: Tensor
+    """[N] uint8: the part of its step in which it was dispatched"""
+    change_step: Tensor
+    """[C] int64, rising: the first step that ran under the change"""
+    change_layer: Tensor
+    """[C] int64"""
+    change_phy2log: Tensor
+    """[C, P] int16: the layer's row of `phy2log` from then on"""
 
     @property
     def num_windows(self) -> int:
@@ -97,6 +109,17 @@ class Trace:
         """[L, ep] int64: over all windows."""
         return self.rank_loads.sum(0)
 
+    def placement_at(self, step: int) -> ExpertPlacement | None:
+        """The one in force when the engine ran `step`, for steps of the windows that are here; None where the trace
+        does not say where its experts were. TraceError where what it says is no placement."""
+        if self.header.phy2log is None:
+            return None
+        rows = list(self.header.phy2log)
+        before = int((self.change_step <= step).sum())
+        for layer, row in zip(self.change_layer[:before].tolist(), self.change_phy2log[:before].tolist(), strict=True):
+            rows[layer] = tuple(row)
+        return replace(self.header, phy2log=tuple(rows)).placement()
+
     def of_phase(self, phase: str) -> Trace:
         """The windows of one phase and their tokens. TraceError for an unknown phase."""
         if phase not in PHASES:
@@ -107,11 +130,14 @@ class Trace:
         own = {name: getattr(self, name)[keep] for name in WINDOW_COLUMNS if name != "phases"}
         own |= {name: getattr(self, name)[tokens] for name in TOKEN_COLUMNS}
         own["window"] = number[own["window"]]
+        own |= {name: getattr(self, name) for name in CHANGE_COLUMNS}
         return Trace(header=self.header, phases=(phase,) * int(keep.sum()), **own)
 
-    def check_model(self, *, num_layers: int, num_logical: int, model: str | None = None) -> None:
+    def check_model(
+        self, *, num_layers: int, num_logical: int, top_k: int | None = None, model: str | None = None
+    ) -> None:
         """TraceError where the trace is of another model."""
-        self.header.check_model(num_layers=num_layers, num_logical=num_logical, model=model)
+        self.header.check_model(num_layers=num_layers, num_logical=num_logical, top_k=top_k, model=model)
 
 
 def read_trace(folder: str | Path) -> Trace:
@@ -131,17 +157,19 @@ def read_trace(folder: str | Path) -> Trace:
 
 def trace_of(header: TraceHeader, parts: Sequence[Mapping[str, Tensor]]) -> Trace:
     """A trace from the checked columns of its parts (`trace_parts.check_columns`), in order."""
-    values = empty_columns(header, {**WINDOW_COLUMNS, **TOKEN_COLUMNS})
+    values = empty_columns(header, {**WINDOW_COLUMNS, **TOKEN_COLUMNS, **CHANGE_COLUMNS})
     offset, shifted = 0, []
     for part in parts:
         shifted.append({**part, "window": part["window"] + offset})
         offset += part["loads"].shape[0]
     columns = {name: torch.cat([empty, *(part[name] for part in shifted)]) for name, empty in values.items()}
     phases = tuple([PHASES[index] for index in columns.pop("phases").tolist()])
+    if (columns["change_step"].diff() < 0).any():
+        raise TraceError("change_step: must not fall. Its parts are of several traces; record again.")
     return Trace(header=header, phases=phases, **columns)
 
 
-def replay(trace: Trace) -> Tensor:
+def routed_loads(trace: Trace) -> Tensor:
     """`[W, L, E] int64`: the loads that follow from the routes; equal to `trace.loads` where all were recorded."""
     windows, layers, experts = trace.loads.shape
     counts = torch.zeros(windows * layers * (experts + 1), dtype=torch.int64)

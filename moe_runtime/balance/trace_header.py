@@ -13,6 +13,7 @@ import torch
 
 from moe_runtime.errors import ConfigError, TraceError
 from moe_runtime.parallel.placement import ExpertPlacement
+from moe_runtime.parallel.replicas import ReplicaChoice
 
 FORMAT: Final = "moe_runtime.trace"
 VERSION: Final = 1
@@ -20,6 +21,8 @@ HEADER_FILE: Final = "trace.json"
 MODES: Final = ("stat", "per_pass", "per_token")
 MAX_ROUTED: Final = 2**15
 """Routes are int16."""
+_LATER: Final = ("replica_choice",)
+"""Keys that the first traces of this version do not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +48,9 @@ class TraceHeader:
     window_steps: int = 100
     """As asked for; each window says how many it has"""
     phy2log: tuple[tuple[int, ...], ...] | None = None
-    """[L][P]: the placement at the start; None where it is not known"""
+    """[L][P]: the placement when the first part that is there begins; None where it is not known"""
+    replica_choice: str | None = None
+    """A ReplicaChoice: how ranks picked among an expert's replicas; None where it is not known"""
     created: str = ""
     """ISO 8601, UTC"""
     source: str = "moe_runtime"
@@ -66,6 +71,10 @@ class TraceHeader:
             _at_least(name, getattr(self, name), 0)
         if self.mode not in MODES:
             raise TraceError(f"mode={self.mode!r}: must be one of {', '.join(MODES)}.")
+        if self.replica_choice is not None and self.replica_choice not in tuple(ReplicaChoice):
+            raise TraceError(
+                f"replica_choice={self.replica_choice!r}: must be null or one of {', '.join(ReplicaChoice)}."
+            )
         if not self.num_routed <= self.num_logical < MAX_ROUTED:
             raise TraceError(
                 f"num_logical={self.num_logical}: must be at least num_routed={self.num_routed} and below {MAX_ROUTED}."
@@ -75,8 +84,13 @@ class TraceHeader:
         if self.ep != self.dp * self.tp:
             raise TraceError(f"ep={self.ep}: must be dp·tp = {self.dp * self.tp}.")
 
+    @property
+    def num_physical(self) -> int:
+        """P; 0 where the placement is not known."""
+        return len(self.phy2log[0]) if self.phy2log else 0
+
     def placement(self) -> ExpertPlacement | None:
-        """The placement at the start. TraceError where `phy2log` is none."""
+        """That of `phy2log`. TraceError where it is none."""
         if self.phy2log is None:
             return None
         try:
@@ -87,9 +101,13 @@ class TraceHeader:
             raise TraceError(f"phy2log has {placement.num_layers} layers, num_layers={self.num_layers}.")
         return placement
 
-    def check_model(self, *, num_layers: int, num_logical: int, model: str | None = None) -> None:
-        """TraceError where the trace is of another model: other layers or experts, or, where given, another name."""
-        for name, wanted in (("num_layers", num_layers), ("num_logical", num_logical), ("model", model)):
+    def check_model(
+        self, *, num_layers: int, num_logical: int, top_k: int | None = None, model: str | None = None
+    ) -> None:
+        """TraceError where the trace is of another model: other layers or experts, or, where given, another top_k or
+        name."""
+        asked = {"num_layers": num_layers, "num_logical": num_logical, "top_k": top_k, "model": model}
+        for name, wanted in asked.items():
             seen = getattr(self, name)
             if wanted is not None and seen != wanted:
                 remedy = " or set shared_experts as it was recorded" if name == "num_logical" else ""
@@ -154,6 +172,8 @@ def _values(document: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for item in fields(TraceHeader):
         if item.name not in document:
+            if item.name in _LATER:
+                continue
             raise TraceError(f"{item.name} is missing. It was edited; record again.")
         value = document[item.name]
         wanted = {"int": int, "str": str, "bool": bool}.get(str(item.type))

@@ -1,4 +1,7 @@
-"""The parts of a trace: safetensors files of windows and routes. Symbols as in trace.py; w, n of one part."""
+"""The parts of a trace: safetensors files of windows, routes and moved experts. Symbols as in trace.py.
+
+w windows, n tokens and c changes of one part, P slots.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,13 @@ _PART: Final = re.compile(r"part-(\d{5,})\.safetensors")
 
 
 class Column(NamedTuple):
-    """A tensor of a part: its first dim is w or n, then these of the header."""
+    """A tensor of a part: its first dim is w, n or c, then these of the header."""
 
     dtype: torch.dtype
     dims: tuple[str, ...] = ()
     least: int = 0
+    optional: bool = False
+    """Zeros where a part does not have it"""
 
 
 WINDOW_COLUMNS: Final[Mapping[str, Column]] = MappingProxyType(
@@ -51,9 +56,28 @@ TOKEN_COLUMNS: Final[Mapping[str, Column]] = MappingProxyType(
         "home": Column(torch.int64),
         "is_prompt": Column(torch.bool),
         "window": Column(torch.int64),
+        "micro_batch": Column(torch.uint8, optional=True),
     }
 )
 """`window` counts within the part there, within the trace in a Trace."""
+CHANGE_COLUMNS: Final[Mapping[str, Column]] = MappingProxyType(
+    {
+        "change_step": Column(torch.int64),
+        "change_layer": Column(torch.int64),
+        "change_phy2log": Column(torch.int16, ("num_physical",)),
+    }
+)
+
+
+class Change(NamedTuple):
+    """Experts of one layer that moved while the run served."""
+
+    step: int
+    """The first one that ran with them where they are now"""
+    layer: int
+    """MoE layer"""
+    row: tuple[int, ...]
+    """[P] logical ids: the layer's row of phy2log from then on"""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -79,16 +103,17 @@ def part_name(number: int) -> str:
     return f"part-{number:05d}.safetensors"
 
 
-def part_bytes(header: TraceHeader, *, windows: int, tokens: int) -> int:
-    """What so many windows and tokens with routes take in a part, but for its few hundred bytes of names."""
+def part_bytes(header: TraceHeader, *, windows: int, tokens: int, changes: int = 0) -> int:
+    """What so many windows, tokens with routes and moved layers take in a part, but for its few hundred bytes of
+    names."""
     total = 0
-    for columns, count in ((WINDOW_COLUMNS, windows), (TOKEN_COLUMNS, tokens)):
+    for columns, count in ((WINDOW_COLUMNS, windows), (TOKEN_COLUMNS, tokens), (CHANGE_COLUMNS, changes)):
         for column in columns.values():
             total += count * column.dtype.itemsize * _product(header, column.dims)
     return total
 
 
-def encode_part(windows: Sequence[Window], tokens: Mapping[str, Tensor]) -> bytes:
+def encode_part(windows: Sequence[Window], tokens: Mapping[str, Tensor], changes: Sequence[Change] = ()) -> bytes:
     """A part of these windows; `tokens`: TOKEN_COLUMNS, or nothing."""
     columns = {
         "loads": torch.stack([window.loads for window in windows]),
@@ -100,6 +125,12 @@ def encode_part(windows: Sequence[Window], tokens: Mapping[str, Tensor]) -> byte
         "last_step": torch.tensor([window.last_step for window in windows]),
         **tokens,
     }
+    if changes:
+        columns |= {
+            "change_step": torch.tensor([change.step for change in changes]),
+            "change_layer": torch.tensor([change.layer for change in changes]),
+            "change_phy2log": torch.tensor([change.row for change in changes], dtype=torch.int16),
+        }
     data: bytes = save(
         {name: column.contiguous() for name, column in columns.items()},
         metadata={"format": FORMAT, "version": str(VERSION)},
@@ -138,23 +169,27 @@ def read_part(file: Path, header: TraceHeader) -> dict[str, Tensor]:
 
 
 def check_columns(header: TraceHeader, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All columns of a part; those of tokens are empty where it has none. TraceError where one is not as recorded."""
+    """All columns of a part; those of tokens and of changes are empty where it has none. TraceError where one is not as
+    recorded."""
     found: dict[str, Tensor] = {}
-    for columns, leader in ((WINDOW_COLUMNS, "loads"), (TOKEN_COLUMNS, "routes")):
-        absent = [name for name in columns if name not in tensors]
-        if absent and (columns is WINDOW_COLUMNS or len(absent) < len(columns)):
+    for columns, leader in ((WINDOW_COLUMNS, "loads"), (TOKEN_COLUMNS, "routes"), (CHANGE_COLUMNS, "change_step")):
+        absent = [name for name, column in columns.items() if name not in tensors and not column.optional]
+        if absent and (columns is WINDOW_COLUMNS or any(name in tensors for name in columns)):
             raise TraceError(f"the tensor {absent[0]} is missing. Record again.")
         if absent:
             found |= empty_columns(header, columns)
             continue
         count = tensors[leader].shape[0] if tensors[leader].dim() else 0
         for name, column in columns.items():
-            _check(name, tensors[name], column, (count, *(getattr(header, dim) for dim in column.dims)))
-            found[name] = tensors[name]
+            shape = (count, *(getattr(header, dim) for dim in column.dims))
+            found[name] = tensors[name] if name in tensors else torch.zeros(shape, dtype=column.dtype)
+            _check(name, found[name], column, shape)
     _in_range("phases", found["phases"], len(PHASES))
     _in_range("routes", found["routes"], header.num_logical)
     _in_range("window", found["window"], found["loads"].shape[0])
     _in_range("home", found["home"], header.ep)
+    _in_range("change_layer", found["change_layer"], header.num_layers)
+    _in_range("change_phy2log", found["change_phy2log"], header.num_logical)
     return found
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NoReturn
 
@@ -24,9 +25,15 @@ class ExitCode(IntEnum):
 
 def run() -> NoReturn:
     """The console script: `main` on the process's own arguments."""
+    run_program(main)
+
+
+def run_program(main: Callable[[Sequence[str]], ExitCode]) -> NoReturn:
+    """`main` on the process's own arguments, then the process's end with its code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? instead of failing
+    show_log()
     code = main(sys.argv[1:])
     try:
         sys.stdout.flush()
@@ -34,6 +41,22 @@ def run() -> NoReturn:
         code = ExitCode.OUTPUT_CLOSED
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(int(code))
+
+
+def show_log() -> None:
+    """What the runtime logs while it serves, such as decisions to move experts, as lines on standard error."""
+    log = logging.getLogger("moe_runtime")
+    log.addHandler(_Lines())
+    log.setLevel(logging.INFO)
+
+
+class _Lines(logging.Handler):
+    """On what is standard error at that time: a progress display puts itself in front of it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from moe_runtime.cli.console import printable
+
+        print(printable(self.format(record)), file=sys.stderr, flush=True)
 
 
 def main(words: Sequence[str]) -> ExitCode:
@@ -48,10 +71,15 @@ def main(words: Sequence[str]) -> ExitCode:
 
         print(f"moe_runtime {version('moe-runtime')}")
         return ExitCode.OK
+    return with_errors_told(lambda: _job(words))
+
+
+def with_errors_told(work: Callable[[], ExitCode]) -> ExitCode:
+    """The code of `work`, or of its error, which is printed in one box, without a traceback."""
     try:
-        return _job(words)
+        return work()
     except (ConfigError, CheckpointError, RequestError, TraceError) as error:
-        if _speaks_for_all():
+        if speaks_for_all():
             _say(error)
         return ExitCode.BAD_INPUT
     except MoeRuntimeError as error:
@@ -86,7 +114,7 @@ def _job(words: Sequence[str]) -> ExitCode:
     return ExitCode.SOME_REQUESTS_FAILED if failed else ExitCode.OK
 
 
-def _speaks_for_all() -> bool:
+def speaks_for_all() -> bool:
     """False under torchrun but on rank 0: bad input is the same on every rank, and told once."""
     from moe_runtime.launch.env import torchrun_env
 

@@ -23,6 +23,8 @@ from moe_runtime.launch.env import TorchrunEnv
 from moe_runtime.launch.graphs import graph_bytes, graphs_mode
 from moe_runtime.launch.kernels import kernel_report, triton_state
 from moe_runtime.launch.placing import expert_placement, num_dispatched_shared
+from moe_runtime.launch.process_size import process_bytes, staging_bytes
+from moe_runtime.launch.recording import route_bytes
 from moe_runtime.launch.shuffle import buffer_cap, choose_dispatch
 from moe_runtime.launch.sizing import (
     cache_size,
@@ -31,9 +33,7 @@ from moe_runtime.launch.sizing import (
     format_bytes,
     kept_weights,
     max_model_len,
-    process_bytes,
     rotary_bytes,
-    staging_bytes,
     weight_bytes,
 )
 from moe_runtime.parallel.placement import ExpertPlacement
@@ -183,9 +183,11 @@ def _show_bytes(console: Console, composed: Composed, placement: ExpertPlacement
     rows.append(("weights in all", f"{format_bytes(weights.total)} {held}"))
     if kept.notice is not None:
         rows.append(("FP8 weights", kept.notice))
-    if staged := staging_bytes(config, model, weights):
-        each = f"and up to {format_bytes(config.balance.bytes_per_step)} each way between two steps"
-        rows.append(("moving experts", f"{format_bytes(staged)} for one layer's slots, {each}"))
+    if staged := staging_bytes(config, model, num_local_slots=placement.num_local):
+        each = f"{format_bytes(staged.scratch)} for one more, {format_bytes(staged.exchange // 2)} each way between two"
+        rows.append(("moving experts", f"{format_bytes(staged.slots)} for one layer's slots, {each} steps"))
+    if routes := route_bytes(config, model):
+        rows.append(("routes of a step", format_bytes(routes)))
     virtual = composed.has_weights and config.launcher == "virtual"
     try:
         cache = cache_size(

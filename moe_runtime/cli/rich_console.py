@@ -23,7 +23,7 @@ class RichConsole:
         self._rich = Rich(file=stream, markup=False, highlight=False, emoji=False)
 
     def line(self, text: str = "") -> None:
-        self._rich.print(Text(text))
+        self._rich.print(Text(text), soft_wrap=True)  # a command that is printed can be copied in one piece
 
     def pairs(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         grid = Table.grid(padding=(0, 2))

@@ -2,7 +2,7 @@
 
 Laws, checked by one suite over every implementation:
 * every call is collective over `ranks` and in the same order on each of them;
-* results are new tensors (they may be shared between virtual ranks: treat them as immutable);
+* results are new tensors (they may be shared between virtual ranks: treat them as immutable), but for `out`;
 * sums run in rank order with fp32 accumulation for 16-bit dtypes (`all_reduce`, `reduce_scatter`), so virtual and
   gloo ranks agree bitwise;
 * size 1 runs the same code;
@@ -65,11 +65,16 @@ class Communicator(Protocol):
 
     def reduce_scatter_begin(self, x: Tensor) -> Pending[Tensor]: ...
 
-    def all_to_all(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Tensor:
-        """`x [sum(send_counts), ...]`, blocks in destination order, to `[sum(recv_counts), ...]` in source order."""
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], out: Tensor | None = None
+    ) -> Tensor:
+        """`x [sum(send_counts), ...]`, blocks in destination order, to `[sum(recv_counts), ...]` in source order.
+
+        `out`, on all ranks or on none: contiguous, of that shape, written and returned; no memory is taken then.
+        """
 
     def all_to_all_begin(
-        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], out: Tensor | None = None
     ) -> Pending[Tensor]: ...
 
     def broadcast(self, x: Tensor, src: int) -> Tensor:

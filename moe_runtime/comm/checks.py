@@ -40,12 +40,19 @@ def check_divisible(x: Tensor, size: int) -> None:
         raise ValueError(f"reduce_scatter got {x.shape[0]} rows: it needs a multiple of the group's size, {size}.")
 
 
-def check_counts(send_counts: Counts, recv_counts: Counts, size: int) -> None:
-    """Raise unless both counts have one entry per rank."""
+def check_all_to_all(x: Tensor, send_counts: Counts, recv_counts: Counts, out: Tensor | None, size: int) -> None:
+    """Raise unless both counts have one entry per rank, and `out`, where there is one, holds what is received."""
+    check_has_rows(x, "all_to_all")
     if len(send_counts) != size or len(recv_counts) != size:
         raise ValueError(
             f"all_to_all got {len(send_counts)} send_counts and {len(recv_counts)} recv_counts: "
             f"both need one entry for each of the group's {size} ranks."
+        )
+    shape = (sum(recv_counts), *x.shape[1:])
+    if out is not None and (out.shape != shape or out.dtype is not x.dtype or not out.is_contiguous()):
+        raise ValueError(
+            f"all_to_all got out {tuple(out.shape)} {out.dtype}{'' if out.is_contiguous() else ', not contiguous'}: "
+            f"it must be contiguous {shape} {x.dtype}."
         )
 
 

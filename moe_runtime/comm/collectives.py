@@ -77,15 +77,30 @@ def _matrix(rows: Sequence[Counts]) -> IntMatrix:
     return np.frombuffer(b"".join([pack(*row) for row in rows]), dtype=np.int64).reshape(len(rows), len(rows))
 
 
-def _all_to_all(payloads: Sequence[tuple[Tensor, Counts, Counts]], ranks: Ranks) -> Sequence[Tensor]:
+_Exchanged = tuple[Tensor, Counts, Counts, Tensor | None]
+
+
+def _all_to_all(payloads: Sequence[_Exchanged], ranks: Ranks) -> Sequence[Tensor]:
     send = _matrix([payload[1] for payload in payloads])
     recv = _matrix([payload[2] for payload in payloads])
     for source, total in enumerate(send.sum(1).tolist()):
         check_rows(payloads[source][0].shape[0], total, ranks[source])
     check_meeting_counts(send, recv, ranks)
+    outs = [out for *_, out in payloads if out is not None]
+    if outs:
+        _copy_blocks([payload[0] for payload in payloads], send, outs)
+        return outs
     rows = torch.cat([byte_view(payload[0]) for payload in payloads])
     moved = _move_blocks(rows, send).view(payloads[0][0].dtype)
     return torch.split(moved, recv.sum(1).tolist())
+
+
+def _copy_blocks(rows: Sequence[Tensor], send: IntMatrix, outs: Sequence[Tensor]) -> None:
+    """Blocks from where they are to where they go; takes no memory."""
+    begins, lands = send.cumsum(1) - send, send.cumsum(0) - send
+    for source, target in np.argwhere(send).tolist():
+        begin, land, count = (int(table[source, target]) for table in (begins, lands, send))
+        byte_view(outs[target])[land : land + count].copy_(byte_view(rows[source])[begin : begin + count])
 
 
 def _move_blocks(rows: Tensor, send: IntMatrix) -> Tensor:
@@ -101,8 +116,8 @@ def _move_blocks(rows: Tensor, send: IntMatrix) -> Tensor:
     return rows.index_select(0, order.to(rows.device))
 
 
-def _all_to_all_signature(payload: tuple[Tensor, Counts, Counts]) -> tuple[object, ...]:
-    return payload[0].shape[1:], payload[0].dtype
+def _all_to_all_signature(payload: _Exchanged) -> tuple[object, ...]:
+    return payload[0].shape[1:], payload[0].dtype, *(() if payload[3] is None else ("out",))
 
 
 def _broadcast(payloads: Sequence[tuple[Tensor, int]], ranks: Ranks) -> Sequence[Tensor]:

@@ -162,15 +162,18 @@ class TorchCommunicator:
         label = self._open("reduce_scatter", (x.shape, x.dtype))
         return self._start(label, lambda: self._lines.device.reduce_scatter(x))
 
-    def all_to_all(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Tensor:
-        return self.all_to_all_begin(x, send_counts, recv_counts).wait()
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], out: Tensor | None = None
+    ) -> Tensor:
+        return self.all_to_all_begin(x, send_counts, recv_counts, out).wait()
 
-    def all_to_all_begin(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Pending[Tensor]:
-        checks.check_has_rows(x, "all_to_all")
-        checks.check_counts(send_counts, recv_counts, self.size)
+    def all_to_all_begin(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], out: Tensor | None = None
+    ) -> Pending[Tensor]:
+        checks.check_all_to_all(x, send_counts, recv_counts, out, self.size)
         checks.check_rows(x.shape[0], sum(send_counts), self._process.rank)
         label = self._open("all_to_all", (x.shape[1:], x.dtype), (send_counts, recv_counts))
-        return self._start(label, lambda: self._lines.device.all_to_all(x, send_counts, recv_counts))
+        return self._start(label, lambda: self._lines.device.all_to_all(x, send_counts, recv_counts, out))
 
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         return self.broadcast_begin(x, src).wait()

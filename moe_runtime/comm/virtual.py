@@ -26,6 +26,7 @@ from torch import Tensor
 from moe_runtime.comm import checks
 from moe_runtime.comm import collectives as c
 from moe_runtime.comm.base import Groups, Location
+from moe_runtime.comm.checks import Counts
 from moe_runtime.comm.hub import Hub, Interruption
 from moe_runtime.comm.rendezvous import Rendezvous
 from moe_runtime.comm.waiting import await_result, await_thread
@@ -90,13 +91,14 @@ class VirtualCommunicator:
         checks.check_divisible(x, self.size)
         return self._join(c.REDUCE_SCATTER, x)
 
-    def all_to_all(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Tensor:
-        return self.all_to_all_begin(x, send_counts, recv_counts).wait()
+    def all_to_all(self, x: Tensor, send_counts: Counts, recv_counts: Counts, out: Tensor | None = None) -> Tensor:
+        return self.all_to_all_begin(x, send_counts, recv_counts, out).wait()
 
-    def all_to_all_begin(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Pending[Tensor]:
-        checks.check_has_rows(x, "all_to_all")
-        checks.check_counts(send_counts, recv_counts, self.size)
-        return self._join(c.ALL_TO_ALL, (x, send_counts, recv_counts))
+    def all_to_all_begin(
+        self, x: Tensor, send_counts: Counts, recv_counts: Counts, out: Tensor | None = None
+    ) -> Pending[Tensor]:
+        checks.check_all_to_all(x, send_counts, recv_counts, out, self.size)
+        return self._join(c.ALL_TO_ALL, (x, send_counts, recv_counts, out))
 
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         return self.broadcast_begin(x, src).wait()

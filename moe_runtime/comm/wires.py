@@ -31,7 +31,9 @@ class Wire(Protocol):
 
     def reduce_scatter(self, x: Tensor) -> Started: ...
 
-    def all_to_all(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Started: ...
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], into: Tensor | None
+    ) -> Started: ...
 
     def broadcast(self, x: Tensor, src: int) -> Started: ...
 
@@ -88,12 +90,14 @@ class GlooWire:
         block = (x.shape[0] // self._size, *x.shape[1:])
         return work, lambda: ordered_sum(out.view(x.dtype).view(self._size, *block).unbind(0))
 
-    def all_to_all(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Started:
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], into: Tensor | None
+    ) -> Started:
         shape = (sum(recv_counts), *x.shape[1:])
         row_bytes = x.itemsize
         for extent in x.shape[1:]:
             row_bytes *= extent
-        out = torch.empty(shape[0] * row_bytes, dtype=torch.uint8)
+        out = torch.empty(shape[0] * row_bytes, dtype=torch.uint8) if into is None else _as_bytes(into)
         work = dist.all_to_all_single(
             out,
             _as_bytes(x),
@@ -144,9 +148,11 @@ class NcclWire:
         out = data.new_empty((x.shape[0] // self._size, *x.shape[1:]))
         return _reduce_scatter_into(out, data, self._link.group), lambda: out
 
-    def all_to_all(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Started:
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], into: Tensor | None
+    ) -> Started:
         data = byte_view(x.contiguous())
-        out = data.new_empty((sum(recv_counts), *x.shape[1:]))
+        out = data.new_empty((sum(recv_counts), *x.shape[1:])) if into is None else byte_view(into)
         work = dist.all_to_all_single(
             out, data, list(recv_counts), list(send_counts), group=self._link.group, async_op=True
         )

@@ -105,11 +105,14 @@ class RankEngine:
             self.graphs.capture()
 
     def close(self) -> None:
-        """Release what was captured, before the communicators go, and write what was recorded. Idempotent."""
+        """Release what was captured, before the communicators go, and write what was recorded and where experts are.
+        Idempotent."""
         if self.recording is not None:
             self.recording.close()
         if self.graphs is not None:
             self.graphs.close()
+        if self.rebalancer is not None:
+            self.rebalancer.close()
 
     def serve(self) -> None:
         """Steps until the owner says stop."""

@@ -6,7 +6,7 @@ say so. H hidden, D numbers of a digest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +15,7 @@ from moe_kernels.experts import ExpertWeights, plain_like
 from torch import Tensor
 
 from moe_runtime.balance.digest import checksum
-from moe_runtime.balance.moves import ROW_BYTES, Piece, Round
+from moe_runtime.balance.moves import ROW_BYTES, Piece, Round, rows_per_step
 from moe_runtime.comm.base import Communicator
 from moe_runtime.errors import ConfigError
 from moe_runtime.layers.experts import Experts
@@ -23,7 +23,7 @@ from moe_runtime.parallel.placement import Move
 
 CANARY_ROWS: Final = 8
 _CANARY_SEED: Final = 20180701
-_CANARY_NUMBERS: Final = 2
+_CHECKSUM_NUMBERS: Final = 2
 
 
 class MismatchError(Exception):
@@ -37,21 +37,28 @@ class LayerMove:
     layer: int
     row: tuple[int, ...]
     moves: tuple[Move, ...]
-    rounds: tuple[Round, ...]
+    num_rounds: int
+    rounds: Iterator[Round]
+    """`num_rounds` of them: of each, the pieces that this rank sends or receives."""
 
 
 class Mover:
-    """`experts`: this rank's slots of every MoE layer. Holds one layer's slots more: the staging set.
+    """`experts`: this rank's slots of every MoE layer; `bytes_per_step`: the most that it sends, and receives, between
+    two steps.
 
-    Raises ConfigError where layers hold their experts in different forms.
+    Takes the memory of all migrations at once: one layer's slots more (the staging set), a slot to exchange by way of,
+    and what travels in a step, both ways. What a rank does outside of its own part (collectives, what `swap` leaves to
+    undo it) takes no tensor's memory, so it does not fail for want of it. Raises ConfigError where layers hold their
+    experts in different forms.
     """
 
-    def __init__(self, ep: Communicator, experts: Sequence[Experts]) -> None:
+    def __init__(self, ep: Communicator, experts: Sequence[Experts], *, bytes_per_step: int) -> None:
         self._ep = ep
         self._experts = experts
         first = experts[0].weights
         self._num_local = first.num_slots
-        self._staging = plain_like(first)
+        self._staging = plain_like(first, first.num_slots)
+        self._scratch = plain_like(first, 1)
         self._form = _form(self._staging)
         different = [layer for layer, own in enumerate(experts) if _form(own.weights) != self._form]
         if different:
@@ -60,11 +67,27 @@ class Mover:
                 f"({self._form}). Set fp8_weights=dequantize, or balance.rebalance=off."
             )
         draw = torch.Generator().manual_seed(_CANARY_SEED)
-        rows = torch.randn(CANARY_ROWS, first.hidden, generator=draw)
-        self._canary_rows = rows.to(device=self._device, dtype=first.dtype)
-        self._wanted = torch.empty(0, dtype=torch.int64, device=self._device)
+        canary = torch.randn(CANARY_ROWS, first.hidden, generator=draw)
+        self._canary_rows = canary.to(device=self._device, dtype=first.dtype)
+        rows = rows_per_step(bytes_per_step, slot_bytes=self.slot_bytes, num_local=self._num_local)
+        self._out, self._in = (torch.zeros(rows, ROW_BYTES, dtype=torch.uint8, device=self._device) for _ in range(2))
+        leaving, arriving, numbers = ep.size * self._num_local, self._num_local, numbers_of_digest(len(self._form))
+        self._told, self._wanted = (
+            torch.zeros(most, numbers, dtype=torch.int64, device=self._device) for most in (leaving, arriving)
+        )
         self._addresses = self._slot_addresses()
         self._canary(0, 0)  # what compiles at first use does so now
+
+    @property
+    def num_local(self) -> int:
+        """Slots of a layer on this rank."""
+        return self._num_local
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held for migrations."""
+        buffers = (self._out, self._in, self._told, self._wanted)
+        return self._staging.num_bytes + self._scratch.num_bytes + sum(buffer.nbytes for buffer in buffers)
 
     @property
     def slot_bytes(self) -> int:
@@ -86,55 +109,46 @@ class Mover:
                 for staged, part in zip(self._staged(move), source, strict=True):
                     staged.copy_(part)
 
-    def outgoing(self, change: LayerMove, number: int) -> Tensor:
-        """`[rows, ROW_BYTES] uint8`: what this rank sends in round `number`, by target rank."""
-        out = self.blank(change, number)
+    def put_out(self, change: LayerMove, pieces: Round) -> None:
+        """What this rank sends of a round into the buffer for it, by target rank."""
         at = 0
-        for piece in self._pieces(change, number, sends=True):
+        for piece in self._pieces(change, pieces, sends=True):
             parts = self._weights(change).slot_tensors(change.moves[piece.move].source % self._num_local)
-            _copy_rows(parts, piece, out[at : at + piece.last - piece.first], inward=False)
-            at += piece.last - piece.first
-        return out
+            _copy_rows(parts, piece, self._out[at : at + piece.num_rows], inward=False)
+            at += piece.num_rows
 
-    def blank(self, change: LayerMove, number: int) -> Tensor:
-        """Zeros of that shape: a rank that cannot send still comes."""
-        return torch.zeros(sum(self._counts(change, number)[0]), ROW_BYTES, dtype=torch.uint8, device=self._device)
+    def exchange(self, change: LayerMove, pieces: Round) -> None:
+        """Collective: a round's rows from buffer to buffer, by source rank. A rank that could not put its own out sends
+        what is there."""
+        send, receive = self._counts(change, pieces)
+        self._ep.all_to_all(self._out[: sum(send)], send, receive, self._in[: sum(receive)])
 
-    def exchange(self, change: LayerMove, number: int, out: Tensor) -> Tensor:
-        """Collective: `[rows, ROW_BYTES] uint8`, what this rank receives in round `number`, by source rank."""
-        return self._ep.all_to_all(out, *self._counts(change, number))
-
-    def take_in(self, change: LayerMove, number: int, received: Tensor) -> None:
-        """Put what came in round `number` into the staging set."""
+    def take_in(self, change: LayerMove, pieces: Round) -> None:
+        """Put what came in a round into the staging set."""
         at = 0
-        for piece in self._pieces(change, number, sends=False):
-            rows = received[at : at + piece.last - piece.first]
+        for piece in self._pieces(change, pieces, sends=False):
+            rows = self._in[at : at + piece.num_rows]
             _copy_rows(self._staged(change.moves[piece.move]), piece, rows, inward=True)
-            at += piece.last - piece.first
+            at += piece.num_rows
 
     # Checks
 
-    def digests(self, change: LayerMove) -> Tensor:
-        """`[moves from this rank, D] int64`, by target rank: checksums of each source slot, then of its canary."""
-        leaving = self._leaving(change)
-        if not leaving:
-            return self.no_digests(change)
-        slots = [move.source % self._num_local for move in leaving]
+    def put_digests(self, change: LayerMove) -> None:
+        """D numbers of each slot that leaves into the buffer for them, by target rank: its checksums, then those of its
+        canary."""
+        slots = [move.source % self._num_local for move in self._leaving(change)]
         known = {slot: self._digest(change.layer, slot) for slot in set(slots)}
-        return torch.stack([known[slot] for slot in slots])
+        for number, slot in enumerate(slots):
+            self._told[number].copy_(known[slot])
 
-    def no_digests(self, change: LayerMove) -> Tensor:
-        """Zeros of that shape."""
-        count = len(self._leaving(change)), 2 * len(self._form) + _CANARY_NUMBERS
-        return torch.zeros(count, dtype=torch.int64, device=self._device)
-
-    def exchange_digests(self, change: LayerMove, out: Tensor) -> None:
+    def exchange_digests(self, change: LayerMove) -> None:
         """Collective: remember what each arriving slot must be, by its source."""
-        size, me = self._ep.size, self._ep.rank
-        pairs = [(self._rank_of(move.source), self._rank_of(move.target)) for move in change.moves]
-        send = [pairs.count((me, rank)) for rank in range(size)]
-        receive = [pairs.count((rank, me)) for rank in range(size)]
-        self._wanted = self._ep.all_to_all(out, send, receive)
+        send, receive = [0] * self._ep.size, [0] * self._ep.size
+        for move in change.moves:
+            source, target = self._rank_of(move.source), self._rank_of(move.target)
+            send[target] += source == self._ep.rank
+            receive[source] += target == self._ep.rank
+        self._ep.all_to_all(self._told[: sum(send)], send, receive, self._wanted[: sum(receive)])
 
     def check_staged(self, change: LayerMove) -> None:
         """MismatchError where a staged slot's checksums are not those of its source."""
@@ -148,7 +162,7 @@ class Mover:
     def check_canary(self, change: LayerMove) -> None:
         """MismatchError where a slot's outputs for the canary rows have other bits than its source's had."""
         found = [self._canary(change.layer, self._slot(move)) for move in self._arriving(change)]
-        self._compare(change, found, "gives canary outputs with", first=2 * len(self._form))
+        self._compare(change, found, "gives canary outputs with", first=_CHECKSUM_NUMBERS * len(self._form))
 
     def check_addresses(self) -> None:
         """MismatchError where fixed storage has moved: captured graphs would read what is no longer there."""
@@ -157,17 +171,10 @@ class Mover:
 
     # Into the slots
 
-    def swap(self, change: LayerMove, swapped: list[int]) -> None:
-        """Exchange the arriving slots with the staging set, which holds the old ones then; the slots done are added to
-        `swapped`. `swap_back` undoes it."""
+    def swap(self, change: LayerMove, undo: list[Callable[[], None]]) -> None:
+        """Put the arriving slots where they belong; what puts each old one back is added to `undo`."""
         for move in self._arriving(change):
-            self._weights(change).swap_slot_(self._slot(move), self._staging)
-            swapped.append(self._slot(move))
-
-    def swap_back(self, change: LayerMove, swapped: list[int]) -> None:
-        for slot in swapped:
-            self._weights(change).swap_slot_(slot, self._staging)
-        swapped.clear()
+            undo.append(self._weights(change).take_slot_(self._slot(move), self._staging, self._scratch))
 
     # Who and where
 
@@ -196,8 +203,8 @@ class Mover:
         mine = [move for move in change.moves if self._rank_of(move.source) == self._ep.rank]
         return sorted(mine, key=lambda move: self._rank_of(move.target))
 
-    def _pieces(self, change: LayerMove, number: int, *, sends: bool) -> list[Piece]:
-        """Of round `number`, from this rank or to it, by the other rank."""
+    def _pieces(self, change: LayerMove, pieces: Round, *, sends: bool) -> list[Piece]:
+        """Those from this rank or to it, by the other rank."""
 
         def here(piece: Piece) -> int:
             move = change.moves[piece.move]
@@ -207,18 +214,18 @@ class Mover:
             move = change.moves[piece.move]
             return self._rank_of(move.target if sends else move.source)
 
-        return sorted((piece for piece in change.rounds[number] if here(piece) == self._ep.rank), key=there)
+        return sorted((piece for piece in pieces if here(piece) == self._ep.rank), key=there)
 
-    def _counts(self, change: LayerMove, number: int) -> tuple[list[int], list[int]]:
+    def _counts(self, change: LayerMove, pieces: Round) -> tuple[list[int], list[int]]:
         """Rows to and from each rank."""
         send, receive = [0] * self._ep.size, [0] * self._ep.size
-        for piece in change.rounds[number]:
-            move, rows = change.moves[piece.move], piece.last - piece.first
+        for piece in pieces:
+            move = change.moves[piece.move]
             source, target = self._rank_of(move.source), self._rank_of(move.target)
             if source == self._ep.rank:
-                send[target] += rows
+                send[target] += piece.num_rows
             if target == self._ep.rank:
-                receive[source] += rows
+                receive[source] += piece.num_rows
         return send, receive
 
     # Numbers
@@ -233,7 +240,7 @@ class Mover:
         if not found:
             return
         got = torch.stack(found)
-        want = self._wanted[:, first : first + got.shape[1]]
+        want = self._wanted[: len(found), first : first + got.shape[1]]
         wrong = (got != want).any(dim=1).tolist()
         for move, is_wrong in zip(self._arriving(change), wrong, strict=True):
             if is_wrong:
@@ -246,6 +253,11 @@ class Mover:
         """Of fixed storage: packed slots are made anew when they are written."""
         weights = [own.weights for own in self._experts]
         return [part.data_ptr() for own in weights if own.is_fixed for part in own.slot_tensors(0)]
+
+
+def numbers_of_digest(num_parts: int) -> int:
+    """D, where a slot consists of so many tensors: checksums of each, and of the canary's outputs."""
+    return _CHECKSUM_NUMBERS * (num_parts + 1)
 
 
 def _form(weights: ExpertWeights) -> tuple[tuple[tuple[int, ...], str], ...]:

@@ -22,13 +22,15 @@ class Counts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """`interval_steps`: steps with tokens from one decision to the next. `deadline_s`: seconds for a plan, and for each
-    layer. `save`: called on rank 0 with the placement after each migration and at the end."""
+    """`interval_steps`: steps with tokens from one decision until the next is begun. `deadline_s`: seconds for a plan,
+    and for each layer. `save`: called on rank 0 with the placement after each migration and at the end. `window_steps`:
+    of a window of the loads that are decided by; the interval has at least one."""
 
     interval_steps: int
     deadline_s: float
     terms: Terms
     save: Callable[[ExpertPlacement], None] = lambda _: None
+    window_steps: int = 100
 
 
 class Activity(StrEnum):
@@ -68,11 +70,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class RebalanceState:
-    """Now, and totals since the start. Equal on all ranks but for the decision, which rank 0 alone knows whole."""
+    """Now, and totals since the start. Equal on all ranks, but that only rank 0 knows of a placement that could not be
+    saved: its `last_failure` may be one of SAVE."""
 
     activity: Activity = Activity.OFF
     window_steps: int = 0
-    """Steps with tokens since the last decision"""
+    """Steps with tokens since the loads of the last decision were taken"""
     layer: int | None = None
     """MoE layer that moves now"""
     layers_left: int = 0
@@ -86,6 +89,10 @@ class RebalanceState:
     """Decisions that moved something"""
     num_layers_committed: int = 0
     num_layers_abandoned: int = 0
+    num_layers_dropped: int = 0
+    """Not begun, because a layer of the same migration missed its deadline"""
+    intervals: int = 1
+    """From one decision to the next: twice as many after each deadline missed, at most 8; 1 again after a commit"""
     promised: float | None = None
     """Utilisation that the last migration was begun for; `decision.utilisation` is what came of it"""
     num_slots_moved: int = 0

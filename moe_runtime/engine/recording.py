@@ -1,28 +1,32 @@
 """Recording: after each step a rank notes what was counted; at the end of a window all ranks put it together.
 
-L MoE layers, E logical experts, K top-k, r rows of an open window, n tokens of this rank.
+L MoE layers, E logical experts, K top-k, P slots, r rows of an open window, n tokens of this rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moe_runtime.balance.load import PHASES, LoadRecorder
-from moe_runtime.balance.trace import TraceWriter, Window
+from moe_runtime.balance.trace import Change, TraceWriter, Window
 from moe_runtime.comm.base import Communicator
 from moe_runtime.dispatch.base import Phase
 from moe_runtime.engine.plan import ChunkKind, StepPlan
 from moe_runtime.engine.runner import GroupStep
 
-_MARKS = ("request", "position", "step", "is_prompt", "window")
+_MARKS: Final = ("request", "position", "step", "is_prompt", "window", "micro_batch")
 """What is known of a token beside its routes; int64 each."""
-_MARK_BYTES = len(_MARKS) * 8
+_MARK_BYTES: Final = len(_MARKS) * 8
+
+Rows = Sequence[tuple[int, ...]]
+"""[L][P] logical ids: phy2log"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +66,7 @@ class Recording:
 
     `per_step`: a row for each step, else one for each phase. A window ends after `window_steps` steps with tokens, or
     earlier where what a rank keeps for it may pass `most_bytes`. `writer`: on ep rank 0 only, if at all; a disk that
-    fails ends the trace, not the run.
+    fails ends the trace, not the run. `placed`: where experts move, the placement of the next step, equal on all ranks.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Recording:
         most_bytes: int,
         per_step: bool = False,
         writer: TraceWriter | None = None,
+        placed: Callable[[], Rows] = tuple,
     ) -> None:
         self._ep = ep
         self._recorder = recorder
@@ -83,6 +88,9 @@ class Recording:
         self._most_bytes = most_bytes
         self._per_step = per_step
         self._writer = writer
+        self._placed = placed
+        self._phy2log = placed()
+        self._changes: list[Change] = []
         self._error: str | None = None
         self._number = 0
         self._rows: list[_Row] = []
@@ -95,8 +103,9 @@ class Recording:
     def after(self, step: GroupStep, plan: StepPlan, *, number: int, num_tokens: int, last: bool) -> LoadWindow | None:
         """Note step `number`, with `num_tokens` of all groups as far as this rank knows; `last`: none will follow.
 
-        The window that ended with it, on ep rank 0.
+        The window that ended with it, on ep rank 0. Called before experts move after this step.
         """
+        self._note_changes(number)
         if step.phase is not Phase.IDLE:
             self._note(step, plan, number, num_tokens)
         full = self._num_steps >= self._window_steps or self._num_bytes >= self._most_bytes
@@ -110,6 +119,15 @@ class Recording:
         self._end_trace(complete=False)
 
     # A step
+
+    def _note_changes(self, number: int) -> None:
+        """What has moved since the step before, so that step `number` was the first to run under it."""
+        placed = self._placed()
+        for layer, (old, new) in enumerate(zip(self._phy2log, placed, strict=True)):
+            if new is not old:
+                self._changes.append(Change(number, layer, new))
+                self._num_bytes += 2 * len(new)
+        self._phy2log = placed
 
     def _note(self, step: GroupStep, plan: StepPlan, number: int, num_tokens: int) -> None:
         row = next((row for row in self._rows if row.phase is step.phase), None)
@@ -130,6 +148,7 @@ class Recording:
                 local = rows // self._tp
                 begin = first + self._ep.rank % self._tp * local
                 own = marks[begin : min(begin + local, first + rows)]
+                own[:, _MARKS.index("micro_batch")] = micro_batch
                 if len(own):
                     self._tokens.append((own, routes.take(len(own), micro_batch)))
                 first += rows
@@ -150,6 +169,7 @@ class Recording:
         loads = self._ep.all_reduce(torch.stack([counts for counts, _ in taken]))
         received = self._ep.all_gather(torch.stack([received for _, received in taken]).unsqueeze(0))
         tokens = self._gather_tokens()
+        changes, self._changes = self._changes, []
         self._rows, self._num_steps, self._num_bytes = [], 0, 0
         if self._ep.rank:
             return None
@@ -166,7 +186,7 @@ class Recording:
             )
             for index, row in enumerate(rows)
         ]
-        self._write(windows, tokens)
+        self._write(windows, tokens, changes)
         self._number += 1
         return LoadWindow(
             self._number - 1,
@@ -205,10 +225,10 @@ class Recording:
 
     # The trace
 
-    def _write(self, windows: list[Window], tokens: Mapping[str, Tensor]) -> None:
+    def _write(self, windows: list[Window], tokens: Mapping[str, Tensor], changes: list[Change]) -> None:
         if self._writer is not None:
             try:
-                self._writer.add(windows, tokens or None)
+                self._writer.add(windows, tokens or None, changes)
             except OSError as error:
                 self._error, self._writer = f"the trace ended at step {windows[-1].last_step}: {error}", None
 
@@ -226,7 +246,7 @@ def _marks(plan: StepPlan, step: int, window: int) -> np.ndarray[tuple[int, int]
         marks = np.empty((len(chunk.token_ids), len(_MARKS)), dtype=np.int64)
         marks[:, 0] = chunk.request_id
         marks[:, 1] = np.arange(chunk.start, chunk.start + len(marks))
-        marks[:, 2:] = step, chunk.kind is ChunkKind.PREFILL, window
+        marks[:, 2:] = step, chunk.kind is ChunkKind.PREFILL, window, 0
         parts.append(marks)
     return np.concatenate(parts) if parts else np.empty((0, len(_MARKS)), dtype=np.int64)
 
@@ -237,6 +257,7 @@ def _columns(tokens: Tensor, counts: list[int], shape: tuple[int, int]) -> dict[
     marks = tokens[:, :_MARK_BYTES].flatten().view(torch.int64).view(-1, len(_MARKS))
     found = {name: marks[:, index].contiguous() for index, name in enumerate(_MARKS)}
     found["is_prompt"] = found["is_prompt"].bool()
+    found["micro_batch"] = found["micro_batch"].to(torch.uint8)
     found["home"] = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     found["routes"] = tokens[:, _MARK_BYTES:].flatten().view(torch.int16).view(-1, *shape)
     return found

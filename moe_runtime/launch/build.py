@@ -199,7 +199,7 @@ def build_engine(
             selector=assembly.selector,
             recorder=recorder,
             placement=parts.placement,
-            activation_bytes=parts.dtype.itemsize,
+            spec=dispatch_spec(config, model, num_slots=parts.placement.num_local),
         )
     cache = _cache(parts, mesh.rank)
     heads = model.num_heads // mesh.tp
@@ -214,7 +214,9 @@ def build_engine(
         graphs=_graphs(parts, capture, runner, limits, samples=mesh.tp_rank == 0),
         fabric=dispatcher if isinstance(dispatcher, DeferredDispatcher) else None,
         rebalancer=rebalancer,
-        recording=make_recording(config, model, groups.ep, recorder, placement=parts.placement, owns=owner is not None),
+        recording=make_recording(
+            config, model, groups.ep, recorder, placement=parts.placement, owns=owner is not None, rebalancer=rebalancer
+        ),
     )
 
 

@@ -16,6 +16,7 @@ from moe_runtime.engine.request import SamplingParams
 from moe_runtime.errors import ConfigError, RequestError
 from moe_runtime.launch.graphs import graphs_mode
 from moe_runtime.launch.placing import num_local_slots, num_logical_experts
+from moe_runtime.launch.process_size import process_bytes
 from moe_runtime.launch.rebalancing import rebalance_conflicts
 from moe_runtime.launch.recording import recording_conflicts
 from moe_runtime.launch.shuffle import dispatch_names, dispatch_spec, splits_combine, summed_by_rank, whole_spec
@@ -23,7 +24,6 @@ from moe_runtime.launch.sizing import (
     cache_size,
     compute_dtype,
     format_bytes,
-    process_bytes,
 )
 
 
@@ -51,7 +51,7 @@ def conflicts(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -
     yield from _dispatch(config, model, slots, has_weights=has_weights)
     spec = whole_spec(config, model, num_slots=slots)
     yield from _invariance(config, spec, copies=config.ep * slots - num_logical_experts(config, model))
-    yield from rebalance_conflicts(config, spec)
+    yield from rebalance_conflicts(config, model, spec)
     yield from _parts(config, slots)
     yield from _memory(config, model, slots, has_weights=has_weights)
     yield from _graphs(config, model)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+from moe_kernels.scaled import num_blocks
 from moe_models.base import ModelConfig
-from torch import Tensor
 
 from moe_runtime.balance.decision import Terms
-from moe_runtime.balance.planner import plan_placement
+from moe_runtime.balance.moves import ROW_BYTES, rows_of
 from moe_runtime.comm.base import Communicator
-from moe_runtime.config import RuntimeConfig
+from moe_runtime.config import BalanceConfig, RuntimeConfig
+from moe_runtime.dispatch.factory import FABRICS
 from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.engine.mover import Mover
 from moe_runtime.engine.rebalance import Rebalancer
 from moe_runtime.engine.rebalance_state import Counts, Rules
 from moe_runtime.errors import ConfigError
-from moe_runtime.launch.shuffle import summed_by_rank
+from moe_runtime.launch.planning import PlanRule, decide_apart
+from moe_runtime.launch.shuffle import dispatch_names, summed_by_rank
+from moe_runtime.launch.sizing import FP32_BYTES, format_bytes, slot_bytes
 from moe_runtime.layers.experts import Experts
 from moe_runtime.parallel.placement import ExpertPlacement
 from moe_runtime.parallel.replicas import ReplicaSelector
@@ -38,19 +43,19 @@ def make_rebalancer(
     selector: ReplicaSelector,
     recorder: Counts | None,
     placement: ExpertPlacement,
-    activation_bytes: int,
+    spec: DispatchSpec,
 ) -> Rebalancer | None:
-    """One rank's; None where the run does without. `experts`: of every MoE layer; `activation_bytes`: of one number of
-    a row. Takes device memory for one layer's slots."""
+    """One rank's; None where the run does without. `experts`: of every MoE layer. Takes device memory for one layer's
+    slots."""
     if not rebalances(config):
         return None
     assert recorder is not None, "rebalance_conflicts wants loads to be counted"
-    balance, mover = config.balance, Mover(ep, experts)
+    balance, mover = config.balance, Mover(ep, experts, bytes_per_step=config.balance.bytes_per_step)
     terms = Terms(
         threshold=balance.threshold,
         horizon_steps=balance.interval_steps,
-        row_bytes=2 * model.hidden_size * activation_bytes,
-        slot_bytes=mover.slot_bytes,
+        row_bytes=row_bytes(config, spec),
+        slot_bytes=slot_bytes(config, model),
         bytes_per_step=balance.bytes_per_step,
         ranks_per_node=config.ranks_per_node,
     )
@@ -60,14 +65,31 @@ def make_rebalancer(
         selector,
         recorder,
         placement,
-        partial(_plan, config, model),
-        Rules(balance.interval_steps, balance.deadline_s, terms, partial(_save, balance.save_placement)),
+        partial(decide_apart, rule=_rule(config, model, placement), terms=terms, within_s=balance.deadline_s),
+        Rules(
+            balance.interval_steps,
+            balance.deadline_s,
+            terms,
+            partial(_save, balance.save_placement),
+            balance.window_steps,
+        ),
     )
 
 
-def rebalance_conflicts(config: RuntimeConfig, spec: DispatchSpec) -> Iterator[ConfigError]:
+def row_bytes(config: RuntimeConfig, spec: DispatchSpec) -> int:
+    """What a row costs the rank that serves it: its hidden values from another rank, in fp8 with scales where the
+    dispatch sends them so, and its output there, of the share of rows that come from other ranks."""
+    on_device = spec.rows.stays_on(torch.device(config.device)) or bool(set(dispatch_names(config)) & set(FABRICS))
+    fp8 = on_device and spec.rows.quantize and spec.dtype is torch.bfloat16
+    there = spec.hidden + num_blocks(spec.hidden) * FP32_BYTES if fp8 else spec.row_bytes
+    return (there + spec.row_bytes) * (config.ep - 1) // config.ep
+
+
+def rebalance_conflicts(config: RuntimeConfig, model: ModelConfig, spec: DispatchSpec) -> Iterator[ConfigError]:
     """What the keys of live rebalancing cannot do together with others."""
     balance = config.balance
+    if not rebalances(config):
+        yield from _without_effect(balance)
     if balance.save_placement is not None:
         folder = Path(balance.save_placement).absolute().parent
         if not rebalances(config):
@@ -92,28 +114,52 @@ def rebalance_conflicts(config: RuntimeConfig, spec: DispatchSpec) -> Iterator[C
             f"balance.rebalance=on with engine.batch_invariant=true: dispatch={by_rank[0]} sums by rank, so bits would "
             f"tell when an expert moved. Set dispatch=all_to_all, or one of the two off."
         )
+    yield from _too_slow(config, model)
 
 
-def _plan(
-    config: RuntimeConfig, model: ModelConfig, loads: Tensor, now: ExpertPlacement, budget: int | None
-) -> ExpertPlacement:
+def _without_effect(balance: BalanceConfig) -> Iterator[ConfigError]:
+    default = BalanceConfig()
+    for name in ("interval_steps", "threshold", "bytes_per_step", "deadline_s"):
+        if (value := getattr(balance, name)) != getattr(default, name):
+            yield ConfigError(
+                f"balance.{name}={value}: has no effect with balance.rebalance=off. Set balance.rebalance=on, or leave "
+                "it out."
+            )
+
+
+def _too_slow(config: RuntimeConfig, model: ModelConfig) -> Iterator[ConfigError]:
+    """A move pays only if it is through before the next decision: one slot must be, at the least."""
+    balance, size = config.balance, slot_bytes(config, model)
+    rows, each = rows_of(size), balance.bytes_per_step // ROW_BYTES
+    if -(-rows // each) >= balance.interval_steps:
+        steps = max(1, balance.interval_steps - 1)
+        yield ConfigError(
+            f"balance.bytes_per_step={balance.bytes_per_step}, balance.interval_steps={balance.interval_steps}: an "
+            f"expert of {format_bytes(size)} takes {-(-rows // each)} steps, and must be there before the next "
+            f"decision. Nearest: balance.bytes_per_step={-(-rows // steps) * ROW_BYTES}"
+            f"{'' if balance.interval_steps > 1 else ' with balance.interval_steps=2'}, or "
+            f"balance.interval_steps={-(-rows // each) + 1}."
+        )
+
+
+def _rule(config: RuntimeConfig, model: ModelConfig, placement: ExpertPlacement) -> PlanRule:
     """Groups hold routed experts only, so they say nothing where shared ones are dispatched too."""
-    return plan_placement(
-        loads,
-        ep=now.ep,
-        ranks_per_node=config.ranks_per_node,
-        num_groups=model.n_group if now.num_logical == model.n_routed_experts else None,
-        num_redundant=now.num_physical - now.num_logical,
-        policy=config.balance.policy,
-        previous=now,
-        move_budget=budget if config.balance.policy == "best" else None,  # eplb plans from nothing
-    )
+    groups = model.n_group if placement.num_logical == model.n_routed_experts else None
+    return PlanRule(config.balance.policy, config.ranks_per_node, groups)
 
 
 def _save(path: str | None, placement: ExpertPlacement) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, and on disk when it returns. OSError where the disk refuses."""
     if path is None:
         return
     unfinished = Path(f"{path}.unfinished")
-    unfinished.write_text(placement.to_json(), encoding="utf-8")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(placement.to_json())
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.replace(path)
+    folder = os.open(unfinished.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name
+    finally:
+        os.close(folder)

@@ -14,7 +14,8 @@ from moe_runtime.balance.trace import TraceHeader, TraceWriter, has_trace
 from moe_runtime.balance.trace_parts import part_bytes
 from moe_runtime.balance.trace_writer import trace_exists
 from moe_runtime.comm.base import Communicator
-from moe_runtime.config import RuntimeConfig
+from moe_runtime.config import BalanceConfig, RuntimeConfig
+from moe_runtime.engine.rebalance import Rebalancer
 from moe_runtime.engine.recording import Recording
 from moe_runtime.engine.snapshot_file import SnapshotFile
 from moe_runtime.errors import ConfigError, TraceError
@@ -26,7 +27,7 @@ from moe_runtime.parallel.placement import ExpertPlacement
 _WINDOW_BYTES = 8 * 2**20
 """What a rank keeps of an open window, steps or routes, before it is ended early."""
 _NAMES_BYTES = 4096
-"""Of a part beside its numbers, at most."""
+"""Of a part beside its windows and tokens, at most: names, and the row of a layer whose experts moved."""
 SNAPSHOT_NAME = "snapshot.json"
 
 
@@ -36,14 +37,29 @@ def make_recorder(config: RuntimeConfig, model: ModelConfig, device: torch.devic
         return None
     routes = None
     if config.balance.record == "per_token":
+        rows, micro_batches = _route_rows(config, model)
         routes = RouteBuffer(
             len(model.moe_layers),
-            rows=whole_spec(config, model).max_tokens,
+            rows=rows,
             top_k=_top_k(config, model),
-            micro_batches=2 if overlaps(config) or overlaps_decode(config) else 1,
+            micro_batches=micro_batches,
             device=device,
         )
     return LoadRecorder(len(model.moe_layers), num_logical_experts(config, model), device=device, routes=routes)
+
+
+def route_bytes(config: RuntimeConfig, model: ModelConfig) -> int:
+    """Device memory of one rank for the routes of a step's tokens; 0 where none are noted."""
+    if config.balance.record != "per_token":
+        return 0
+    rows, micro_batches = _route_rows(config, model)
+    top_k = _top_k(config, model)
+    return RouteBuffer.num_bytes(len(model.moe_layers), rows=rows, top_k=top_k, micro_batches=micro_batches)
+
+
+def _route_rows(config: RuntimeConfig, model: ModelConfig) -> tuple[int, int]:
+    """(tokens of a micro-batch, micro-batches of a step), at most."""
+    return whole_spec(config, model).max_tokens, 2 if overlaps(config) or overlaps_decode(config) else 1
 
 
 def make_recording(
@@ -54,8 +70,10 @@ def make_recording(
     *,
     placement: ExpertPlacement,
     owns: bool,
+    rebalancer: Rebalancer | None = None,
 ) -> Recording | None:
-    """One rank's part of the windows; None where nobody would see them. `owns`: this rank writes them.
+    """One rank's part of the windows; None where nobody would see them. `owns`: this rank writes them; `rebalancer`:
+    its own, where experts move.
 
     TraceError where the trace cannot be begun.
     """
@@ -73,6 +91,7 @@ def make_recording(
         most_bytes=min(_WINDOW_BYTES, balance.trace_bytes // 4 // (config.ep if recorder.routes is not None else 1)),
         per_step=balance.record == "per_pass",
         writer=writer,
+        placed=tuple if rebalancer is None else lambda: rebalancer.phy2log,
     )
 
 
@@ -91,6 +110,7 @@ def trace_header(config: RuntimeConfig, model: ModelConfig, placement: ExpertPla
         mode=config.balance.record,
         window_steps=config.balance.window_steps,
         phy2log=None if placement is None else tuple(map(tuple, placement.phy2log.tolist())),
+        replica_choice=config.placement.replica_choice,
     )
 
 
@@ -125,6 +145,7 @@ def make_snapshot_file(config: RuntimeConfig, model: ModelConfig) -> SnapshotFil
 def recording_conflicts(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -> Iterator[ConfigError]:
     """What the keys of recording cannot do together. `has_weights`: whether the model could be run."""
     balance = config.balance
+    yield from _without_effect(config)
     if balance.trace is None:
         if balance.record in ("per_pass", "per_token"):
             yield ConfigError(
@@ -157,3 +178,18 @@ def recording_conflicts(config: RuntimeConfig, model: ModelConfig, *, has_weight
 
 def _top_k(config: RuntimeConfig, model: ModelConfig) -> int:
     return model.num_experts_per_tok + num_dispatched_shared(config, model)
+
+
+def _without_effect(config: RuntimeConfig) -> Iterator[ConfigError]:
+    balance, default = config.balance, BalanceConfig()
+    if balance.trace is None and balance.trace_bytes != default.trace_bytes:
+        yield ConfigError(
+            f"balance.trace_bytes={balance.trace_bytes}: has no effect without balance.trace. Set balance.trace=FOLDER "
+            "or leave it out."
+        )
+    shown = balance.record != "off" and snapshot_path(config) is not None
+    if not shown and balance.rebalance == "off" and balance.window_steps != default.window_steps:
+        yield ConfigError(
+            f"balance.window_steps={balance.window_steps}: has no effect where loads are neither traced, shown nor "
+            "moved by. Set balance.trace=FOLDER, snapshot_file=FILE or balance.rebalance=on, or leave it out."
+        )

@@ -231,30 +231,10 @@ def rotary_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     return max_model_len(engine, model) * model.qk_rope_head_dim * FP32_BYTES
 
 
-def staging_bytes(config: RuntimeConfig, model: ModelConfig, weights: WeightBytes) -> int:
-    """One layer's slots more, through which experts move while a rank of these weights serves; 0 where none move."""
-    return weights.experts // len(model.moe_layers) if config.balance.rebalance == "on" else 0
-
-
-def process_bytes(config: RuntimeConfig, model: ModelConfig, *, num_local_slots: int) -> int:
-    """Weights and cache of all ranks of one process: equal slices are held once, expert slots and caches per rank."""
-    itemsize = compute_dtype(config, model).itemsize
-    ranks, tp = (config.ep, config.tp) if config.launcher == "virtual" else (1, 1)
-    mesh = ProcessMesh(dp=config.dp, tp=config.tp, ranks_per_node=config.ranks_per_node)
-    weights = weight_bytes(
-        model,
-        mesh,
-        num_local_slots=num_local_slots,
-        shared=config.shared_experts,
-        itemsize=itemsize,
-        expert_itemsize=expert_dtype(config, model).itemsize,
-        batch_invariant=config.engine.batch_invariant,
-        kept=kept_weights(config, model),
-    )
-    cache = cache_size(config.engine, model, itemsize=itemsize, ranks_in_process=ranks, device=config.device)
-    split = weights.embedding + weights.attention
-    own = weights.experts + cache.num_bytes + staging_bytes(config, model, weights)
-    return weights.total - weights.experts - split + tp * split + ranks * own
+def slot_bytes(config: RuntimeConfig, model: ModelConfig) -> int:
+    """Of one expert slot, scales included."""
+    kept = "experts" in kept_weights(config, model).parts
+    return _mlp_bytes(model.hidden_size, model.moe_intermediate_size, expert_dtype(config, model).itemsize, kept=kept)
 
 
 def format_bytes(count: float) -> str:

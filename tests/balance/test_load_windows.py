@@ -11,7 +11,7 @@ import torch
 from moe_kernels import backends
 
 from moe_runtime import LLM
-from moe_runtime.balance.trace import Trace, TraceWriter, read_trace, replay
+from moe_runtime.balance.trace import Trace, TraceWriter, read_trace, routed_loads
 from moe_runtime.engine.engine import RankEngine
 from moe_runtime.engine.snapshot_file import read_snapshot
 from moe_runtime.errors import ConfigError, EngineClosedError
@@ -85,7 +85,7 @@ def test_windows_hold_the_whole_load(folder: Path, tmp_path: Path, mode: str, wo
         ends = trace.last_step.tolist()
         assert all(steps <= 3 for steps in trace.window_steps.tolist()) and ends == sorted(ends)
     if mode == "per_token":
-        assert torch.equal(replay(trace), trace.loads), "routes replayed give the recorded loads"
+        assert torch.equal(routed_loads(trace), trace.loads), "routes replayed give the recorded loads"
         assert len(trace.routes) == NUM_TOKENS
     else:
         assert len(trace.routes) == 0
@@ -135,7 +135,7 @@ def test_cached_tokens_have_no_routes_and_recomputed_ones_two(folder: Path, tmp_
     preempted = record(folder, tmp_path / "few", "per_token", *pages, prompts=[[5] * 8, [6] * 8], length=12)
     key = preempted.request * 1000 + preempted.position
     assert len(set(key.tolist())) == 2 * (8 + 12 - 1) < len(key), "what was recomputed was routed again"
-    assert torch.equal(replay(preempted), preempted.loads)
+    assert torch.equal(routed_loads(preempted), preempted.loads)
 
 
 @pytest.mark.skipif(not backends.interpreted(), reason="needs TRITON_INTERPRET=1: kernels on CPU tensors")
@@ -156,7 +156,7 @@ def test_captured_steps_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     trace = read_trace(tmp_path / "t")
     assert torch.equal(trace.total_loads, report.expert_load)
     assert torch.equal(trace.total_rank_loads, report.rank_load)
-    assert torch.equal(replay(trace), trace.loads)
+    assert torch.equal(routed_loads(trace), trace.loads)
     assert len(trace.routes) == 5 + 3 * 2
     assert {"decode", "mixed"} == set(trace.phases)
 
@@ -166,7 +166,7 @@ def test_a_window_ends_early_where_it_takes_too_much(
 ) -> None:
     monkeypatch.setattr(launch_recording, "_WINDOW_BYTES", 300)
     trace = record(folder, tmp_path / "t", "per_token", "ep=2", "balance.window_steps=100")
-    assert trace.num_windows > 3 and torch.equal(replay(trace), trace.loads)
+    assert trace.num_windows > 3 and torch.equal(routed_loads(trace), trace.loads)
 
 
 def test_idle_steps_are_no_part_of_a_window(folder: Path, tmp_path: Path) -> None:
@@ -188,11 +188,11 @@ def test_a_full_disk_ends_the_trace_and_not_the_run(
     add = TraceWriter.add
     calls: list[int] = []
 
-    def full(writer: TraceWriter, windows: object, tokens: object = None) -> None:
+    def full(writer: TraceWriter, windows: object, tokens: object = None, changes: object = ()) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        add(writer, windows, tokens)  # type: ignore[arg-type]
+        add(writer, windows, tokens, changes)  # type: ignore[arg-type]
         writer.flush()
 
     monkeypatch.setattr(TraceWriter, "add", full)
@@ -258,7 +258,8 @@ def test_snapshot_files_are_checked(tmp_path: Path) -> None:
 
 
 def test_off_counts_nothing(folder: Path) -> None:
-    with LLM(str(folder), overrides=[*WORDS, "ep=2", "balance.record=off"]) as llm:
+    words = [word for word in WORDS if not word.startswith("balance.")]
+    with LLM(str(folder), overrides=[*words, "ep=2", "balance.record=off"]) as llm:
         assert llm.generate([[5, 6]], greedy(3))[0].finished
         assert llm.snapshot().window is None
         with pytest.raises(ConfigError, match=r"balance.record=off: no loads are counted. Set balance.record=stat"):

@@ -1,22 +1,28 @@
-"""What a change of placement moves, in which pieces, and when a decision says so."""
+"""What a change of placement moves, and in which pieces."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from moe_runtime.balance.decision import Decision, Terms, Verdict, decide, utilisation
 from moe_runtime.balance.digest import checksum
-from moe_runtime.balance.moves import ROW_BYTES, Piece, busiest_bytes, keep_slots, layer_moves, rounds
-from moe_runtime.errors import ConfigError
-from moe_runtime.parallel.placement import ExpertPlacement, Move
+from moe_runtime.balance.moves import (
+    ROW_BYTES,
+    Piece,
+    busiest_bytes,
+    keep_slots,
+    layer_moves,
+    num_rounds,
+    rounds,
+    rows_per_step,
+)
+from moe_runtime.parallel.placement import Move
 
 Rows = tuple[list[int], list[int], int]
 
@@ -70,7 +76,12 @@ def test_rounds_carry_everything_once_within_the_budget(rows: Rows, slot_bytes: 
     moves = layer_moves(0, old, new, num_local=num_local, ranks_per_node=2)
     assert all(old[move.source] == new[move.target] == move.logical for move in moves)
     carried: dict[int, list[int]] = {}
-    found = rounds(moves, slot_bytes=slot_bytes, bytes_per_step=budget, num_local=num_local)
+    found = list(rounds(moves, slot_bytes=slot_bytes, bytes_per_step=budget, num_local=num_local))
+    assert num_rounds(moves, slot_bytes=slot_bytes, bytes_per_step=budget, num_local=num_local) == len(found)
+    for rank in range(len(old) // num_local):
+        mine = rounds(moves, slot_bytes=slot_bytes, bytes_per_step=budget, num_local=num_local, rank=rank)
+        ends = [{move.source // num_local, move.target // num_local} for move in moves]
+        assert list(mine) == [tuple(one for one in pieces if rank in ends[one.move]) for pieces in found]
     for pieces in found:
         assert pieces, "no empty round"
         out, into = Counter[int](), Counter[int]()
@@ -78,7 +89,8 @@ def test_rounds_carry_everything_once_within_the_budget(rows: Rows, slot_bytes: 
             carried.setdefault(piece.move, []).extend(range(piece.first, piece.last))
             out[moves[piece.move].source // num_local] += piece.last - piece.first
             into[moves[piece.move].target // num_local] += piece.last - piece.first
-        most = max(1, budget // ROW_BYTES)
+        most = rows_per_step(budget, slot_bytes=slot_bytes, num_local=num_local)
+        assert most <= max(1, budget // ROW_BYTES)
         assert max([*out.values(), *into.values()]) <= most
     far = [n for n, move in enumerate(moves) if move.source // num_local != move.target // num_local]
     whole = -(-slot_bytes // ROW_BYTES)
@@ -90,12 +102,19 @@ def test_rounds_by_hand() -> None:
     """Slots of 3 rows, 2 rows a step. Rank 0 sends two slots, rank 2 one, to rank 1."""
     moves = [Move(0, 0, 0, 1), Move(0, 0, 0, 2), Move(0, 5, 2, 1)]
     found = rounds(moves, slot_bytes=3 * ROW_BYTES - 1, bytes_per_step=2 * ROW_BYTES + 5, num_local=1)
-    assert found == (
+    assert tuple(found) == (
         (Piece(0, 0, 2),),
         (Piece(0, 2, 3), Piece(1, 0, 1), Piece(2, 0, 1)),
         (Piece(1, 1, 3), Piece(2, 1, 3)),
     )
     assert busiest_bytes(moves, slot_bytes=10, num_local=1) == 20
+
+
+def test_rounds_are_made_as_they_are_taken() -> None:
+    """A billion of them: the first is there at once, and so is their number."""
+    sizes = {"slot_bytes": ROW_BYTES << 30, "bytes_per_step": ROW_BYTES, "num_local": 1}
+    assert next(rounds([Move(0, 0, 0, 1)], **sizes)) == (Piece(0, 0, 1),)
+    assert num_rounds([Move(0, 0, 0, 1), Move(0, 0, 0, 2)], **sizes) == 2 << 30
 
 
 # Checksums
@@ -116,82 +135,26 @@ def test_checksums_see_every_bit_and_swaps(count: int) -> None:
         assert (checksum(swapped) != before).any(), "blocks that have changed places"
 
 
+def test_checksums_see_every_exchange() -> None:
+    """Of two words that differ in their highest bit alone: 128 columns apart, rows apart, or anywhere."""
+    draw = random.Random(3)
+    pairs = [
+        (0, 128),
+        (5, 5 + 256 * 128),
+        (256, 257),
+        *[(draw.randrange(65536), draw.randrange(65536)) for _ in range(300)],
+    ]
+    for bit in (1 << 56, -(1 << 63), 1):
+        words = torch.zeros(65536 + 7, dtype=torch.int64)
+        for one, other in pairs:
+            words[one], words[other] = bit, 0
+            before = checksum(words)
+            words[one], words[other] = 0, bit
+            assert (one == other) == torch.equal(before, checksum(words)), (one, other, bit)
+            words[other] = 0
+
+
 def test_checksums_of_other_dtypes() -> None:
     for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float32):
         x = torch.randn(3, 5, 7).to(dtype)
         assert torch.equal(checksum(x), checksum(x.view(-1).view(torch.uint8)))
-
-
-# Decisions
-
-TERMS = Terms(
-    threshold=0.9, horizon_steps=10, row_bytes=100, slot_bytes=ROW_BYTES, bytes_per_step=ROW_BYTES, ranks_per_node=8
-)
-NOW = ExpertPlacement(torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]]), 4, 2)
-BETTER = ExpertPlacement(torch.tensor([[0, 2, 1, 3], [0, 2, 1, 3]]), 4, 2)
-
-
-def decision(loads: list[list[int]], *, planned: ExpertPlacement = BETTER, terms: Terms = TERMS) -> Decision:
-    def plan(loads: Tensor, previous: ExpertPlacement, budget: int | None) -> ExpertPlacement:
-        assert previous is NOW
-        return planned
-
-    return decide(torch.tensor(loads), 10, now=NOW, first=NOW, plan=plan, terms=terms)
-
-
-def test_layers_move_where_that_pays() -> None:
-    """Layer 0: 1800 rows on the busiest rank become 1000, 80 a step; 8000 bytes a step over 10 steps for 2 slots.
-    Layer 1: 10 rows are saved in 10 steps, 1000 bytes."""
-    found = decision([[900, 900, 100, 100], [55, 55, 45, 45]])
-    assert found.verdict is Verdict.MOVE
-    (change,) = found.changes
-    assert (change.layer, change.row, change.num_moves) == (0, (0, 2, 1, 3), 2)
-    assert (change.moved_bytes, change.saved_bytes_per_step) == (ROW_BYTES, 8000.0)
-    assert found.utilisation == pytest.approx(1100 / 1910)
-    assert found.predicted == pytest.approx(1100 / 1110)
-    assert found.payback_steps == pytest.approx(ROW_BYTES / 8000)
-    assert "utilisation 0.576" in str(found) and "predicted 0.991 with 2 slots of 1 layers" in str(found)
-
-
-def test_the_layer_that_pays_most_comes_first() -> None:
-    found = decision([[500, 500, 0, 0], [5000, 5000, 0, 0]])
-    assert [change.layer for change in found.changes] == [1, 0]
-
-
-def test_what_moves_nothing() -> None:
-    assert decision([[0] * 4] * 2).verdict is Verdict.NO_LOAD
-    assert decision([[10, 10, 10, 9]] * 2).verdict is Verdict.BALANCED, "above the threshold: nothing is planned"
-    few = decision([[9, 9, 1, 1]] * 2)
-    assert few.verdict is Verdict.NO_GAIN, "too few tokens to pay for a slot"
-    assert (few.planned, few.predicted) == (1.0, few.utilisation) and "a plan reaches 1.000, but" in str(few)
-    assert decision([[900, 900, 100, 100]] * 2, planned=NOW).verdict is Verdict.NO_GAIN
-
-
-def test_few_moves_where_many_do_not_pay() -> None:
-    """Two slots change hands, the busiest rank has half as much to do; seven bring little more at twice the cost."""
-    now = ExpertPlacement(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]), 12, 6)
-    few = ExpertPlacement(torch.tensor([[0, 2, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11]]), 12, 6)
-    many = ExpertPlacement(torch.tensor([[0, 3, 1, 5, 4, 7, 6, 9, 8, 11, 10, 2]]), 12, 6)
-    budgets: list[int | None] = []
-
-    def plan(loads: Tensor, previous: ExpertPlacement, budget: int | None) -> ExpertPlacement:
-        budgets.append(budget)
-        return few if budget is not None and budget < 8 else many
-
-    loads = torch.tensor([[500, 500, 20, 10, *[10] * 8]])
-    terms = replace(TERMS, slot_bytes=47_000, bytes_per_step=100_000)
-    found = decide(loads, 10, now=now, first=now, plan=plan, terms=terms)
-    assert budgets[:2] == [None, 3], "half of the 7 slots that the whole plan changes"
-    assert [change.row for change in found.changes] == [(0, 2, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11)]
-    dear = decide(loads, 10, now=now, first=now, plan=lambda *args: many, terms=terms)
-    assert dear.verdict is Verdict.NO_GAIN, "the many are judged as they are where a planner heeds no budget"
-
-
-def test_a_plan_of_another_shape_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"\(\(2, 4\), 4, 1\); the run has \(\(2, 4\), 4, 2\)"):
-        decision([[900, 900, 100, 100]] * 2, planned=ExpertPlacement(NOW.phy2log, 4, 1))
-
-
-def test_utilisation_counts_layers_by_their_busiest_rank() -> None:
-    assert utilisation(torch.tensor([[2, 2, 0, 0], [1, 1, 1, 1]]), NOW) == pytest.approx((2 + 2) / (4 + 2))
-    assert utilisation(torch.zeros(2, 4, dtype=torch.int64), NOW) == 1.0

@@ -204,6 +204,19 @@ def test_windows_without_tokens_do_not_matter() -> None:
     assert torch.equal(*plans)
 
 
+@pytest.mark.parametrize(("ep", "redundant"), [(32, 32), (144, 32), (320, 64)])
+def test_nodes_get_even_shares(ep: int, redundant: int) -> None:
+    loads = torch.from_numpy(np.random.default_rng(0).lognormal(0, 1, (6, 256)))
+
+    def plan(ranks_per_node: int) -> torch.Tensor:
+        placement = plan_placement(loads, ep=ep, ranks_per_node=ranks_per_node, num_redundant=redundant)
+        return rank_loads(loads, placement)
+
+    dealt, alone = plan(8), plan(ep)
+    assert torch.equal(dealt.sort(dim=1).values, alone.sort(dim=1).values), "the ranks' own shares stay"
+    assert balancedness(dealt.view(6, ep // 8, 8).sum(2)).min() > 0.96
+
+
 def test_loads_of_any_kind_give_one_plan() -> None:
     loads = draw_loads(0, (2, 16)).astype(np.int64)
     kinds: list[Any] = [loads, loads.astype(np.float32), torch.from_numpy(loads), torch.from_numpy(loads).double()]

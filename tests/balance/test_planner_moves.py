@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moe_runtime.balance.best import measures, objective
 from moe_runtime.balance.kept import keep
-from moe_runtime.balance.planner import gain_at_moves, plan_placement
+from moe_runtime.balance.planner import PARTS, gain_at_moves, plan_placement, plans_beside
 from moe_runtime.errors import ConfigError
 from moe_runtime.parallel.placement import ExpertPlacement
 from tests.balance.test_planner import Loads, clashing_layers, draw_loads, slots_of
@@ -105,6 +105,25 @@ def test_budgets_buy_the_best_first() -> None:
         assert point.gain > point.fraction + 0.05 or point.fraction == 1.0, "the first moves gain more than the last"
     assert plan(after, previous=old, move_budget=0).moves_to(old) == ()
     assert torch.equal(plan(after, previous=old, move_budget=10**6).phy2log, full.phy2log)
+
+
+@pytest.mark.parametrize(("groups", "budget"), [(None, None), (4, None), (None, 40)])
+def test_plans_beside_come_from_one_search(groups: int | None, budget: int | None) -> None:
+    """The plan first, then those that `plan_placement` gives for parts of its moves."""
+    loads, later = drifted(3)
+    old = plan(loads, num_groups=groups)
+    words = {"ranks_per_node": 4, "num_groups": groups}
+    whole, *parts = plans_beside(later, old, move_budget=budget, **words)  # type: ignore[arg-type]
+    assert torch.equal(whole.phy2log, plan(later, num_groups=groups, previous=old, move_budget=budget).phy2log)
+    moves = len(whole.moves_to(old))
+    assert len(parts) == sum(moves >= part for part in PARTS) >= 3
+    for part, placement in zip(PARTS, parts, strict=False):
+        assert len(placement.moves_to(old)) <= moves // part
+        wanted = plan(later, num_groups=groups, previous=old, move_budget=moves // part)
+        assert torch.equal(placement.phy2log, wanted.phy2log)
+    (alone,) = plans_beside(later, old, policy="eplb", move_budget=budget, **words)  # type: ignore[arg-type]
+    assert torch.equal(alone.phy2log, plan(later, num_groups=groups, policy="eplb", previous=old).phy2log)
+    assert plans_beside(loads, old, **words)[0].moves_to(old) == ()  # type: ignore[arg-type]
 
 
 def test_gain_of_nothing_to_gain() -> None:

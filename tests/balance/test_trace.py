@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_runtime.balance.trace import Trace, TraceHeader, TraceWriter, Window, read_trace, replay
+from moe_runtime.balance.trace import Change, Trace, TraceHeader, TraceWriter, Window, read_trace, routed_loads
+from moe_runtime.balance.trace_parts import part_bytes
 from moe_runtime.errors import TraceError
 from moe_runtime.parallel.placement import ExpertPlacement
 
@@ -94,12 +95,12 @@ def test_tokens_stay_with_their_windows_over_parts(tmp_path: Path) -> None:
     writer.close()
     trace = read_trace(tmp_path)
     assert trace.window.tolist() == [1, 0, 2, 3]
-    loads = replay(trace)
+    loads = routed_loads(trace)
     assert loads.shape == (4, L, E)
     assert loads[1].tolist() == [[1, 1, 0, 0], [0, 0, 1, 0]]
     assert loads[3].tolist() == [[1, 0, 1, 0], [1, 0, 1, 0]]
     decode = trace.of_phase("decode")
-    assert decode.window.tolist() == [0, 1] and torch.equal(replay(decode), loads[1:3])
+    assert decode.window.tolist() == [0, 1] and torch.equal(routed_loads(decode), loads[1:3])
 
 
 def test_the_oldest_parts_make_room(tmp_path: Path) -> None:
@@ -115,6 +116,71 @@ def test_the_oldest_parts_make_room(tmp_path: Path) -> None:
         assert trace.header.dropped_windows == step + 1 - trace.num_windows
     assert trace.num_windows == len(parts) > 2
     assert trace.header.first_part == 12 - len(parts)
+
+
+MOVED = (Change(1, 0, (1, 0, 3, 2)), Change(3, 1, (0, 1, 2, 3)), Change(3, 0, (3, 2, 1, 0)))
+
+
+def test_a_trace_knows_where_experts_were_at_every_step(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path, HEADER)
+    writer.add([window(0)])
+    writer.add([window(1)], None, MOVED[:1])
+    writer.flush()
+    writer.add([window(3)], None, MOVED[1:])
+    writer.close()
+    trace = read_trace(tmp_path)
+    assert [placed(trace, step) for step in (0, 1, 2)] == [
+        [[0, 1, 2, 3], [3, 2, 1, 0]],
+        [[1, 0, 3, 2], [3, 2, 1, 0]],
+        [[1, 0, 3, 2], [3, 2, 1, 0]],
+    ]
+    assert placed(trace, 3) == placed(trace.of_phase("mixed"), 99) == [[3, 2, 1, 0], [0, 1, 2, 3]]
+    assert read_trace(written(tmp_path / "still")).change_phy2log.shape == (0, 4)
+
+
+def placed(trace: Trace, step: int) -> list[list[int]]:
+    placement = trace.placement_at(step)
+    assert placement is not None
+    found: list[list[int]] = placement.phy2log.tolist()
+    return found
+
+
+def test_dropped_parts_take_their_changes_to_the_header(tmp_path: Path) -> None:
+    """So the placement at each step that is left is the same, and the header's is that of the first one."""
+    whole, capped = TraceWriter(tmp_path / "whole", HEADER), TraceWriter(tmp_path / "capped", HEADER, cap_bytes=3000)
+    for step in range(8):
+        row = tuple([(expert + step) % E for expert in range(E)])
+        for writer in (whole, capped):
+            writer.add([window(step)], None, [Change(step, step % L, row)] if step else [])
+            writer.flush()
+    kept, all_of_it = read_trace(tmp_path / "capped"), read_trace(tmp_path / "whole")
+    first = int(kept.first_step[0])
+    assert first > 2
+    for step in range(first, 8):
+        assert placed(kept, step) == placed(all_of_it, step)
+    start = kept.header.placement()
+    assert start is not None and start.phy2log.tolist() == placed(all_of_it, first - 1)
+
+
+def test_a_part_that_is_not_written_leaves_its_changes_to_the_next(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path, HEADER, cap_bytes=2000)
+    writer.add([window(0)])
+    writer.flush()
+    writer.add([window(1)] * 40, None, MOVED)
+    writer.flush()
+    writer.add([window(4)])
+    writer.close()
+    trace = read_trace(tmp_path)
+    assert trace.header.dropped_windows == 40 and trace.first_step.tolist() == [0, 4]
+    assert placed(trace, 0) == [[0, 1, 2, 3], [3, 2, 1, 0]]
+    assert placed(trace, 4) == [[3, 2, 1, 0], [0, 1, 2, 3]]
+
+
+def test_bytes_of_changes_are_counted(tmp_path: Path) -> None:
+    assert part_bytes(HEADER, windows=0, tokens=0, changes=3) == 3 * (8 + 8 + 4 * 2)
+    writer = TraceWriter(tmp_path, HEADER, cap_bytes=4 * 1000)
+    writer.add([window(0)], None, [Change(step, 0, (0, 1, 2, 3)) for step in range(60)])
+    assert read_trace(tmp_path).num_windows == 1, "a part is written once it holds a quarter of the cap"
 
 
 def test_a_part_beyond_the_cap_is_counted_not_written(tmp_path: Path) -> None:
@@ -191,6 +257,15 @@ def part_with(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
     return damage
 
 
+def moved(layer: int, row: list[int], steps: Sequence[int] = (1,)) -> dict[str, torch.Tensor]:
+    count = len(steps)
+    return {
+        "change_step": torch.tensor(steps),
+        "change_layer": torch.tensor([layer] * count),
+        "change_phy2log": torch.tensor([row] * count, dtype=torch.int16),
+    }
+
+
 def cut(name: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         data = (folder / name).read_bytes()
@@ -208,6 +283,7 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (header_with(mode="all"), r"mode='all': must be one of stat, per_pass, per_token"),
     (header_with(num_logical=40000), r"num_logical=40000: must be .* below 32768"),
     (header_with(num_layers=3), r"loads is \(2, 2, 4\), the header says \(2, 3, 4\)\. It is of another trace"),
+    (header_with(replica_choice="any"), r"replica_choice='any': must be null or one of static, round_robin"),
     (header_with(phy2log=3), r"phy2log: must be null or a list of a list"),
     (cut("trace.json"), r"not JSON: .*It was cut short or edited"),
     (cut("part-00000.safetensors"), r"part-00000.safetensors' cannot be read: .*It was cut short"),
@@ -222,6 +298,11 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (part_with(lambda t: t["phases"].fill_(7)), r"phases\[0\] is 7: must be below 2"),
     (part_with(lambda t: t["window_steps"].fill_(0)), r"window_steps\[0\] is 0: must be at least 1"),
     (part_with(lambda t: t.update(routes=torch.zeros(1, L, K))), r"the tensor request is missing"),
+    (part_with(lambda t: t.update(change_layer=torch.zeros(1))), r"the tensor change_step is missing"),
+    (part_with(lambda t: t.update(moved(9, [0, 1, 2, 3]))), r"change_layer\[0\] is 9: must be below 2"),
+    (part_with(lambda t: t.update(moved(0, [0, 1, 2, 4]))), r"change_phy2log\[0, 3\] is 4: must be below 4"),
+    (part_with(lambda t: t.update(moved(0, [0, 1, 2]))), r"change_phy2log is \(1, 3\), the header says \(1, 4\)"),
+    (part_with(lambda t: t.update(moved(0, [0, 1, 2, 3], [3, 1]))), r"change_step: must not fall"),
 ]
 
 
@@ -249,6 +330,27 @@ def test_routes_are_checked(name: str, value: int, message: str, tmp_path: Path)
     writer.close()
     with pytest.raises(TraceError, match=message):
         read_trace(tmp_path)
+
+
+def test_older_traces_are_read(tmp_path: Path) -> None:
+    """The first ones had neither the choice of replicas nor micro-batches."""
+    writer = TraceWriter(tmp_path, TOKEN_HEADER)
+    writer.add([window(0)], tokens([[[0, 1], [2, 3]]], [0]))
+    writer.close()
+    document = json.loads((tmp_path / "trace.json").read_text())
+    del document["replica_choice"]
+    (tmp_path / "trace.json").write_text(json.dumps(document))
+    trace = read_trace(tmp_path)
+    assert trace.header.replica_choice is None and trace.micro_batch.tolist() == [0]
+    assert trace.placement_at(0) is None
+
+
+def test_a_change_that_is_no_placement_is_told(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path, HEADER)
+    writer.add([window(0)], None, [Change(0, 0, (0, 1, 2, 2))])
+    writer.close()
+    with pytest.raises(TraceError, match=r"phy2log: placement: logical expert 3 has no slot"):
+        read_trace(tmp_path).placement_at(0)
 
 
 def test_a_trace_of_another_model_is_told(tmp_path: Path) -> None:

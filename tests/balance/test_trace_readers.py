@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_runtime.balance.trace import TraceHeader, TraceWriter, replay
+from moe_runtime.balance.trace import TraceHeader, TraceWriter, routed_loads
 from moe_runtime.balance.trace_readers import read_any, read_megatron, read_trtllm, read_vllm
 from moe_runtime.errors import TraceError
 
@@ -34,7 +34,7 @@ def test_vllm_prompts_and_outputs() -> None:
     trace = read_vllm([(prompt, output), (None, output), whole], num_routed=E, model="m")
     assert trace.phases == ("mixed", "decode", "decode", "mixed")
     assert trace.loads.tolist() == [loads_of(array) for array in (prompt, output, output, whole)]
-    assert torch.equal(replay(trace), trace.loads)
+    assert torch.equal(routed_loads(trace), trace.loads)
     assert trace.request.tolist() == [0] * 6 + [1] * 2 + [2] * 5
     assert trace.position.tolist() == [*range(6), 0, 1, *range(5)]
     assert trace.is_prompt.tolist() == [True] * 4 + [False] * 9, "of one array it is not known"
@@ -60,7 +60,7 @@ def test_vllm_missing_routes_count_nowhere() -> None:
     array[1, 0, 2] = -1
     trace = read_vllm([array], num_routed=E)
     assert trace.loads.sum(2).tolist() == [[2 * K - 1, 2 * K]]
-    assert torch.equal(replay(trace), trace.loads)
+    assert torch.equal(routed_loads(trace), trace.loads)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_megatron(tmp_path: Path) -> None:
     assert trace.num_tokens.tolist() == [5, 5]
     both = [loads_of(np.concatenate([arrays[step, 0], arrays[step, 1]])) for step in (0, 1)]
     assert trace.loads.tolist() == both
-    assert torch.equal(replay(trace), trace.loads)
+    assert torch.equal(routed_loads(trace), trace.loads)
     assert trace.request.tolist() == [0, 0, 1, 1, 1] * 2
     assert trace.header.source == "megatron"
 

@@ -137,6 +137,9 @@ def all_to_all(groups: Groups, seed: int) -> list[str]:
                     ]
                     assert got.dtype == dtype
                     assert digest(got) == digest(torch.cat(blocks).view(dtype)), (comm.name, send, dtype, rest)
+                    out = torch.full_like(got.view(torch.uint8) if got.itemsize == 1 else got, 7).view(dtype)
+                    again = comm.all_to_all(sent[me], send[me], [send[s][me] for s in range(size)], out)
+                    assert again.data_ptr() == out.data_ptr() and digest(out) == digest(got)
                     digests.append(digest(got))
     return digests
 

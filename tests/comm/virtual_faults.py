@@ -77,6 +77,14 @@ def short_counts(mine: Groups, rank: int) -> object:
     return mine.ep.all_to_all(rows(), [2, 2] if rank == 2 else ONES, ONES)
 
 
+def short_out(mine: Groups, rank: int) -> object:
+    return mine.ep.all_to_all(rows(), ONES, ONES, rows(3 if rank == 2 else 4))
+
+
+def out_on_one_rank(mine: Groups, rank: int) -> object:
+    return mine.ep.all_to_all(rows(), ONES, ONES, rows() if rank == 2 else None)
+
+
 def crossed_groups(mine: Groups, rank: int) -> object:
     comm = mine.ep if rank % 2 else mine.tp
     comm.barrier()
@@ -130,6 +138,8 @@ FAULTS: dict[Fault, str] = {
     wrong_recv_counts: r"rank 2 expects 2 rows from rank 3, which sends it 1: recv_counts must be what the peers send",
     negative_count: r"rank 2 gives a negative send count, -1, for rank 3",
     short_counts: r"rank 2 raised ValueError .* 2 send_counts and 4 recv_counts: .* each of the group's 4 ranks",
+    short_out: r"rank 2 raised ValueError .* out \(3, 2\) torch.float32: it must be contiguous \(4, 2\) torch.float32",
+    out_on_one_rank: r"rank 0 waits in all_to_all #1 .*; rank 2 is in all_to_all #1 of ep with .* out",
     crossed_groups: r"no rank can go on: rank 0 waits in barrier #1 of tp \(step 7, layer 3\) for rank 1; "
     r"ranks 1, 3 wait in barrier #1 of ep \(step 7, layer 3\) for ranks 0, 2; rank 2 waits in barrier #1 of tp",
     no_sender: r"rank 0 waits in recv #0 of world \(step 7, layer 3\) for rank 2; rank 2 has returned",

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from moe_kernels.experts import ExpertWeights, OneSlot, allocate_experts
 from moe_kernels.scaled import BlockScaled
 from torch import Tensor
 
-from moe_runtime.balance.decision import Decision, LayerChange, Terms, Verdict
+from moe_runtime.balance.decision import Decision, Terms, Verdict, decide
+from moe_runtime.balance.schedule import LayerChange
 from moe_runtime.comm.base import Communicator
 from moe_runtime.comm.virtual import VirtualCluster, virtual_groups
+from moe_runtime.engine.migration import OnStage
 from moe_runtime.engine.mover import Mover
-from moe_runtime.engine.rebalance import OnStage, Rebalancer
+from moe_runtime.engine.rebalance import Rebalancer
 from moe_runtime.engine.rebalance_state import RebalanceState, Rules, Stage
 from moe_runtime.layers.experts import Experts
 from moe_runtime.parallel.placement import ExpertPlacement
@@ -107,7 +110,7 @@ class MovingWorld:
         return self.placement.selector(rank, choice=self.choice, ranks_per_node=2, rewritable=True)
 
     def _rank(self, rank: int, ep: Communicator) -> Rebalancer:
-        mover = Mover(ep, self.experts[rank])
+        mover = Mover(ep, self.experts[rank], bytes_per_step=self.bytes_per_step)
         terms = Terms(0.9, 1, 1, mover.slot_bytes, self.bytes_per_step, 2)
         recorder = Fixed(torch.ones(len(self.rows), self.placement.num_logical, dtype=torch.int64))
 
@@ -121,12 +124,17 @@ class MovingWorld:
             self.selectors[rank],
             recorder,
             self.placement,
-            lambda loads, now, budget: now,
+            partial(self._decide, terms=terms),
             Rules(1, self.deadline_s, terms, self.saved.append),
             start=inline,
             clock=lambda: self.now,
             on_stage=on_stage,
         )
+
+    @staticmethod
+    def _decide(loads: Tensor, steps: int, *, now: ExpertPlacement, first: ExpertPlacement, terms: Terms) -> Decision:
+        """Here and at once; tests put other decisions into `decide`'s place."""
+        return decide(loads, steps, now=now, first=first, plan=lambda *_: [now], terms=terms)
 
     def step(self, *, worked: bool = True) -> RebalanceState:
         """One step of all ranks; rank 0's state."""
@@ -141,6 +149,7 @@ class MovingWorld:
             if not self.ranks[0].moving:
                 break
             self.step(worked=False)
+        assert self.ranks[0]._saver.wait(10.0)
         return self.state
 
     @property
@@ -161,6 +170,9 @@ class MovingWorld:
             fresh = wanted.selector(rank, choice=self.choice, ranks_per_node=2, rewritable=True)
             own = self.selectors[rank]
             assert torch.equal(own.fixed, fresh.fixed) and torch.equal(own.replica_counts, fresh.replica_counts)
+            if own.waterfill is not None and fresh.waterfill is not None:
+                for ours, wanted_table in zip(own.waterfill.tables, fresh.waterfill.tables, strict=True):
+                    assert torch.equal(ours, wanted_table)
             for mine, other in zip(own.rotating, fresh.rotating, strict=True):
                 assert torch.equal(mine, other) if mine is not None and other is not None else mine is other
             assert torch.equal(self.ranks[rank].placement.phy2log, wanted.phy2log)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
 from torch import Tensor
 
+from moe_runtime.balance.decision import Decision
+from moe_runtime.balance.moves import layer_moves, num_rounds
 from moe_runtime.comm.virtual import VirtualCommunicator
-from moe_runtime.engine import rebalance
-from moe_runtime.engine.rebalance_plan import Planning, in_background
+from moe_runtime.engine.placement_saver import PlacementSaver
+from moe_runtime.engine.rebalance_plan import Planning, heard, in_background
 from moe_runtime.engine.rebalance_state import Activity, Stage
 from moe_runtime.errors import CommunicationError
+from moe_runtime.parallel.placement import ExpertPlacement
 from moe_runtime.parallel.replicas import ReplicaChoice
+from tests.engine import moving_world
 from tests.engine.moving_world import FP8, MovingWorld, Row, forced
 
+BUDGET: Final = {"slot_bytes": 3 * 32 * 16 * 4, "bytes_per_step": 4096, "num_local": 2}
 OLD: list[Row] = [[0, 1, 2, 3, 4, 5, 6, 0], [0, 1, 2, 3, 4, 5, 6, 6], [0, 1, 2, 3, 4, 5, 6, 1]]
 NEW: list[Row] = [[4, 1, 0, 3, 2, 6, 5, 3], [6, 1, 2, 0, 4, 5, 3, 2], [0, 1, 2, 3, 4, 5, 6, 4]]
 """Swaps between ranks, chains, a local move (layer 1: expert 6), copies that change hands, a slot that stays."""
@@ -41,7 +48,7 @@ def make() -> Iterator[Make]:
 @pytest.fixture
 def decided(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 decides for NEW."""
-    monkeypatch.setattr(rebalance, "decide", lambda *args, **kwargs: forced(dict(enumerate(NEW))))
+    monkeypatch.setattr(moving_world, "decide", lambda *args, **kwargs: forced(dict(enumerate(NEW))))
 
 
 # What arrives
@@ -89,11 +96,11 @@ def test_no_step_carries_more_than_the_budget(make: Make, decided: None, monkeyp
     sent: dict[tuple[int, int], int] = {}
     original = VirtualCommunicator.all_to_all
 
-    def watched(self: VirtualCommunicator, x: Tensor, send: Any, receive: Any) -> Tensor:
+    def watched(self: VirtualCommunicator, x: Tensor, send: Any, receive: Any, out: Tensor) -> Tensor:
         if x.dtype is torch.uint8:
             assert sent.setdefault((world.steps, self.rank), x.nbytes) == x.nbytes
             assert max(x.nbytes, sum(receive) * x.shape[1]) <= 4096
-        return original(self, x, send, receive)
+        return original(self, x, send, receive, out)
 
     monkeypatch.setattr(VirtualCommunicator, "all_to_all", watched)
     progress = [world.step().layer_progress]
@@ -181,10 +188,9 @@ def test_a_bit_that_flips_on_the_way(
     world = make(OLD, dtype=dtype, shape=shape)
     original = VirtualCommunicator.all_to_all
 
-    def flip(self: VirtualCommunicator, x: Tensor, send: Any, receive: Any) -> Tensor:
-        got = original(self, x, send, receive)
+    def flip(self: VirtualCommunicator, x: Tensor, send: Any, receive: Any, out: Tensor) -> Tensor:
+        got = original(self, x, send, receive, out)
         if x.dtype is torch.uint8 and self.rank == 2 and world.state.layer == 0:
-            got = got.clone()
             got.view(-1)[at] ^= 4
         return got
 
@@ -211,7 +217,7 @@ def test_a_slot_that_is_not_what_was_checked(
 
     done: list[Stage] = []
     wanted = [0, 1, 2, 4, 3, 5, 6, 1]
-    monkeypatch.setattr(rebalance, "decide", lambda *args, **kwargs: forced({2: wanted}))
+    monkeypatch.setattr(moving_world, "decide", lambda *args, **kwargs: forced({2: wanted}))
     world = make(OLD, on_stage=tamper)
     state = world.migrate()
     assert state.num_layers_abandoned == 1 and state.last_failure is not None
@@ -221,18 +227,45 @@ def test_a_slot_that_is_not_what_was_checked(
     world.check(OLD)
 
 
-def test_a_layer_that_takes_too_long(make: Make, decided: None) -> None:
+def test_a_layer_that_takes_too_long_ends_its_migration(make: Make, decided: None) -> None:
+    """Slots of 2 rows, one a step; the next decision waits longer each time, and as long as at first after a commit."""
     world = make(OLD, bytes_per_step=4096, deadline_s=5.0)
-    world.step()
-    world.step(worked=False)
-    world.now = 5.1
-    state = world.step(worked=False)
-    assert state.last_failure is not None and state.last_failure.stage is Stage.DEADLINE
-    assert "rank 0: round 2 of" in str(state.last_failure) and "balance.deadline_s=5" in str(state.last_failure)
-    while world.ranks[0].moving:
+    waited = []
+    for _ in range(5):
+        steps = 1
+        while world.step().activity is not Activity.MOVING:
+            steps += 1
+        waited.append(steps)
         world.step(worked=False)
-    assert world.state.num_layers_committed == 2
-    world.check([OLD[0], *NEW[1:]])
+        world.now += 5.1
+        state = world.step(worked=False)
+        assert state.activity is Activity.WATCHING, "the other layers are not tried"
+    assert waited == [1, 2, 4, 8, 8]
+    assert (state.num_layers_abandoned, state.num_layers_dropped, state.num_layers_committed) == (5, 10, 0)
+    assert state.last_failure is not None and state.last_failure.stage is Stage.DEADLINE
+    count = num_rounds(layer_moves(0, OLD[0], NEW[0], num_local=2, ranks_per_node=2), **BUDGET)
+    assert state.last_failure.reasons == (
+        f"rank 0: round 2 of {count} after balance.deadline_s=5, with balance.bytes_per_step=4096. "
+        f"Nearest: balance.deadline_s={math.ceil(5.1 * count / 2) + 1}, or balance.bytes_per_step=16384.",
+    )
+    world.check(OLD)
+    for _ in range(8):
+        world.migrate()
+    assert world.state.num_layers_committed == 3 and world.state.intervals == 1
+    world.check(NEW)
+
+
+@pytest.mark.parametrize("what", ["expert slots", "replica maps"])
+def test_storage_that_has_moved_is_a_fault_like_others(make: Make, decided: None, what: str) -> None:
+    """Captured graphs would read what is no longer there. Told before the vote, so nothing is committed anywhere."""
+    world = make(OLD)
+    holder = world.ranks[2]._mover if what == "expert slots" else world.ranks[2]._migration
+    holder._addresses = [0]
+    state = world.migrate()
+    assert state.num_layers_abandoned == 3 and state.last_failure is not None
+    assert state.last_failure.stage is Stage.COMMIT
+    assert state.last_failure.reasons == (f"rank 2: MismatchError: {what} have moved in memory",)
+    world.check(OLD)
 
 
 def test_a_rank_that_does_not_come_is_named(make: Make, decided: None) -> None:
@@ -250,7 +283,7 @@ def test_a_planner_that_fails(make: Make, monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*args: object, **kwargs: object) -> None:
         raise ValueError("no plan today")
 
-    monkeypatch.setattr(rebalance, "decide", fail)
+    monkeypatch.setattr(moving_world, "decide", fail)
     world = make(OLD)
     state = world.step()
     assert state.activity is Activity.WATCHING and state.last_failure is not None
@@ -260,26 +293,45 @@ def test_a_planner_that_fails(make: Make, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_plan_is_made_beside_the_steps(make: Make, decided: None) -> None:
-    import threading
-
     go = threading.Event()
     world = make(OLD, on_stage=lambda stage, rank, layer: go.wait(30) and None if stage is Stage.PLAN else None)
     for rank in world.ranks:
-        rank._start = in_background
+        rank._planning.start = in_background
     assert [world.step().activity for _ in range(3)] == [Activity.PLANNING] * 3
     go.set()
     while world.step().activity is Activity.PLANNING:
         pass
-    world.migrate()
-    assert world.state.num_migrations == 1
+    assert world.state.window_steps > 2, "their tokens are part of the next decision's loads"
+    planned = world.state.window_steps
+    while world.ranks[0].moving:
+        world.step(worked=False)
+    assert (world.state.num_migrations, world.state.num_decisions, world.state.window_steps) == (1, 1, planned)
+    assert world.step(worked=False).activity is Activity.WATCHING, "the interval begins with the decision"
+    assert world.step().activity is not Activity.WATCHING
 
 
 def test_a_plan_that_is_late_is_left_alone() -> None:
-    now = [0.0]
-    planning = Planning(lambda: forced({}), lambda work: Future(), clock=lambda: now[0], within_s=2.0)
+    """And no other begins beside it."""
+    now, begun = [0.0], list[Future[Decision]]()
+
+    def start(work: Callable[[], Decision]) -> Future[Decision]:
+        begun.append(Future())
+        return begun[-1]
+
+    planning = Planning(start, clock=lambda: now[0], within_s=2.0)
+    planning.begin(lambda: forced({}))
     assert planning.tidings() == b""
     now[0] = 2.5
-    assert b"no plan within balance.deadline_s=2" in planning.tidings()
+    assert b"no plan within balance.deadline_s=2. Raise balance.deadline_s, e.g. to 5" in planning.tidings()
+    now[0] = 9.0
+    planning.begin(lambda: forced({}))
+    assert b"the plan begun 9 s ago still runs, after balance.deadline_s=2. Raise" in planning.tidings()
+    assert len(begun) == 1
+    begun[0].set_result(forced({}))
+    planning.begin(lambda: forced({}))
+    assert len(begun) == 2 and planning.tidings() == b"", "the late one has ended, and nobody wants it"
+    begun[1].set_result(forced({0: NEW[0]}))
+    assert heard(planning.tidings()) == forced({0: NEW[0]})
 
 
 def test_what_decides_is_the_window(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,10 +342,10 @@ def test_what_decides_is_the_window(make: Make, monkeypatch: pytest.MonkeyPatch)
         seen.append((loads.clone(), steps, kwargs["now"].phy2log.tolist(), kwargs["first"].phy2log.tolist()))
         return forced({0: NEW[0]})
 
-    monkeypatch.setattr(rebalance, "decide", note)
+    monkeypatch.setattr(moving_world, "decide", note)
     world = make(OLD)
     for rank in world.ranks:
-        rank._recorder.loads = rank._recorder.loads * 3  # type: ignore[attr-defined]
+        rank._windows._recorder.loads = rank._windows._recorder.loads * 3  # type: ignore[attr-defined]
     world.migrate()
     world.migrate()
     assert (seen[0][0] == 4 * 2).all() and (seen[1][0] == 0).all()
@@ -313,13 +365,52 @@ def test_a_placement_that_cannot_be_saved(make: Make, decided: None) -> None:
     world = make(OLD)
 
     def full(placement: object) -> None:
-        raise OSError("disk full")
+        raise ValueError("disk full")
 
-    for rank in world.ranks:
-        object.__setattr__(rank._rules, "save", full)
-    world.step()
-    while world.ranks[0].moving:
-        world.cluster.run(lambda rank: world.ranks[rank].advance(9, worked=False))
-    failure = world.ranks[0].state.last_failure
-    assert failure is not None and failure.stage is Stage.SAVE and "disk full" in str(failure)
-    assert world.ranks[0].state.num_layers_committed == 3, "serving and the moves are not touched by it"
+    first, failures = world.ranks[0], []
+    first._saver._write = full
+    world.migrate()
+    first.advance(9, worked=False)
+    failures.append(first.state.last_failure)
+    for _ in range(2):
+        first.close()
+        failures.append(first.state.last_failure)
+    assert failures[0] is not failures[1] and failures[1] is failures[2], "it is tried again at the end, once"
+    for failure in failures:
+        assert failure is not None and failure.stage is Stage.SAVE and "ValueError: disk full" in str(failure)
+    assert first.state.num_layers_committed == 3, "serving and the moves are not touched by it"
+
+
+def test_no_thread_for_a_placement(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    saver, written = PlacementSaver(lambda placement: written.append(placement)), list[ExpertPlacement]()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        saver.offer(placement := ExpertPlacement(torch.tensor([[0, 1]]), 2, 2))
+    assert saver.wait(0) and saver.take_failure() == "RuntimeError: can't start new thread"
+    saver.offer(placement)
+    assert saver.wait(30) and written == [placement] and saver.take_failure() is None
+
+
+def test_a_disk_that_hangs_holds_nobody_up(make: Make, decided: None) -> None:
+    """One thread writes; of the placements that wait, the newest is written."""
+    go, written = threading.Event(), list[int]()
+
+    def write(placement: ExpertPlacement) -> None:
+        go.wait(30)
+        written.append(int(placement.phy2log[0, 0]))
+
+    saver = PlacementSaver(write)
+    for expert in range(4):
+        saver.offer(ExpertPlacement(torch.tensor([[expert, *(set(range(4)) - {expert})]]), 4, 2))
+        while expert == 0 and saver._next is not None:
+            pass
+    assert not saver.wait(0.01) and threading.active_count() < 10
+    world = make(OLD, deadline_s=0.01)
+    world.ranks[0]._saver = saver
+    world.ranks[0].close()
+    assert "not written within balance.deadline_s=0.01" in str(world.ranks[0].state.last_failure)
+    go.set()
+    assert saver.wait(30) and written == [0, 3]

@@ -38,7 +38,8 @@ def test_device_bytes_are_those_stated(tmp_path: Path) -> None:
     from moe_runtime import LLM
     from moe_runtime.launch.compose import compose
     from moe_runtime.launch.placing import num_local_slots
-    from moe_runtime.launch.sizing import process_bytes, rotary_bytes
+    from moe_runtime.launch.process_size import process_bytes
+    from moe_runtime.launch.sizing import rotary_bytes
     from tests.models.fp8_checkpoint import write_fp8
 
     big = write_fp8(

@@ -216,39 +216,43 @@ def test_slots_are_written_and_read(hidden: int, width: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize(("hidden", "width"), [(16, 8), (512, 192)])
-def test_slots_are_swapped_or_left(hidden: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever memory is lacking: all four tensors, or none."""
+def test_slots_are_taken_or_left(hidden: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever memory is lacking: both tensors, or none; and the way back needs no memory at all."""
     dtype = torch.bfloat16
     (a13, a2), (b13, b2) = weights(2, hidden, width, dtype), weights(2, hidden, width, dtype)
     b13, b2 = b13 + 1, b2 + 1
     held = prepare_experts(a13.clone(), a2.clone())
-    staging = experts_weights.plain_like(held)
+    staging, scratch = (experts_weights.plain_like(held, count) for count in (2, 1))
     staging.write_slot_(1, w13=b13[1], w2=b2[1])
+    before = [] if not held.is_fixed else [part.data_ptr() for part in held.slot_tensors(1)]
 
-    def holds(found: ExpertWeights, w13: Tensor, w2: Tensor) -> bool:
-        got = found.read_slot(1)
+    def holds(w13: Tensor, w2: Tensor) -> bool:
+        got = held.read_slot(1)
         return all(isinstance(x, Tensor) and torch.equal(x, y) for x, y in zip(got, (w13, w2), strict=True))
 
-    calls = [0]
-    for failing in (1, 2):
+    def lacking(failing: int) -> None:
+        calls = [0]
 
-        def lacks(w: Tensor, failing: int = failing) -> object:
+        def lacks(w: Tensor) -> object:
             calls[0] += 1
-            if calls[0] == failing:
+            if calls[0] >= failing:
                 raise MemoryError("no room")
             return pack(w)
 
-        calls[0] = 0
         monkeypatch.setattr("moe_kernels.experts.weights.pack", lacks)
-        if held.is_fixed:
-            break
+
+    for failing in () if held.is_fixed else (1, 2):
+        lacking(failing)
         with pytest.raises(MemoryError):
-            held.swap_slot_(1, staging)
-        assert holds(held, a13[1], a2[1]) and holds(staging, b13[1], b2[1]), failing
-    monkeypatch.setattr("moe_kernels.experts.weights.pack", pack)
-    held.swap_slot_(1, staging)
-    assert holds(held, b13[1], b2[1]) and holds(staging, a13[1], a2[1])
+            held.take_slot_(1, staging, scratch)
+        assert holds(a13[1], a2[1]), failing
+    lacking(3)
+    back = held.take_slot_(1, staging, scratch)
+    assert holds(b13[1], b2[1])
+    back()
+    assert holds(a13[1], a2[1])
     assert torch.equal(held.read_slot(0)[0], a13[0])  # type: ignore[arg-type]
+    assert not before or before == [part.data_ptr() for part in held.slot_tensors(1)]
 
 
 def test_errors() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import time
 from pathlib import Path
 
 import pytest
 
+from moe_runtime.cli import app
 from moe_runtime.cli.app import ExitCode, main
 from moe_runtime.cli.console import PlainConsole, open_console, printable
 from moe_runtime.cli.help import help_text
@@ -50,6 +52,29 @@ def test_bad_input_is_one_line_and_exit_code_2(words: list[str], capsys: pytest.
     assert streams.out == ""
     assert streams.err.startswith("ConfigError: ")
     assert streams.err.count("\n") == 1
+
+
+def test_what_is_logged_shows_while_it_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the command line only: a program that uses the library decides for itself."""
+    log = logging.getLogger("moe_runtime")
+    assert not log.handlers and log.level == logging.NOTSET
+
+    def job(words: object) -> ExitCode:
+        logging.getLogger("moe_runtime.engine.rebalance").info("rebalance: %s", "step 40: move")
+        logging.getLogger("moe_runtime.engine.rebalance").warning("rebalance: %s", "step 41: \x1bc")
+        logging.getLogger("moe_runtime").debug("not this")
+        return ExitCode.OK
+
+    monkeypatch.setattr(app, "main", job)
+    try:
+        with pytest.raises(SystemExit):
+            app.run()
+    finally:
+        log.handlers.clear()
+        log.setLevel(logging.NOTSET)
+    assert capsys.readouterr() == ("", "rebalance: step 40: move\nrebalance: step 41: \\x1bc\n")
 
 
 def _doctor(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -175,6 +200,8 @@ def test_both_consoles_show_the_same_words(stream: io.StringIO, monkeypatch: pyt
     monkeypatch.setenv("COLUMNS", "120")
     console = open_console(stream)
     assert isinstance(console, RichConsole if stream.isatty() else PlainConsole)
+    command = "next: " + "word " * 40 + "end"
+    console.line(command)
     console.pairs("mesh", [("ep", "[red]8[/red]")])
     console.table("ranks", ("rank", "node"), [("0", "1")])
     console.text("[bold]prompt", "answer\x1b[2J\n")
@@ -182,7 +209,7 @@ def test_both_consoles_show_the_same_words(stream: io.StringIO, monkeypatch: pyt
         advance(1, "rank 0")
     console.error("wrong: [x]")
     text = stream.getvalue()
-    for part in ("[red]8[/red]", "rank", "node", "[bold]prompt", "answer", "\\x1b[2J", "wrong: [x]"):
+    for part in (command, "[red]8[/red]", "rank", "node", "[bold]prompt", "answer", "\\x1b[2J", "wrong: [x]"):
         assert part in text
     assert stream.isatty() or "\x1b" not in text
 

@@ -75,3 +75,6 @@ def test_the_console_script(python: Path, tmp_path: Path) -> None:
     script = python.parent / "moe-runtime"
     assert "moe_runtime 0." in _run(script, "--version", cwd=tmp_path)
     assert "no conflicts" in _run(script, "job=doctor", "model=deepseek_v3", "preset=ep144", cwd=tmp_path)
+    load = python.parent / "moe-expert-load"
+    _run(load, "report", "ep=2", "sampling.max_tokens=1", "output=page.html", cwd=tmp_path)
+    assert "<html" in (tmp_path / "page.html").read_text(encoding="utf-8")[:200]

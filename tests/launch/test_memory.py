@@ -19,7 +19,7 @@ import torch
 from moe_runtime.api import LLM
 from moe_runtime.launch.compose import compose
 from moe_runtime.launch.placing import num_local_slots
-from moe_runtime.launch.sizing import process_bytes
+from moe_runtime.launch.process_size import process_bytes
 import moe_runtime.launch.executors.virtual, transformers
 torch.set_num_threads(1)
 torch.ones(64, 64) @ torch.ones(64, 64)

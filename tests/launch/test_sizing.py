@@ -16,6 +16,7 @@ from moe_runtime.dispatch.factory import buffer_bytes, most_tokens
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.compose import Composed, compose
 from moe_runtime.launch.placing import expert_placement, num_local_slots
+from moe_runtime.launch.process_size import process_bytes
 from moe_runtime.launch.shuffle import whole_spec
 from moe_runtime.launch.sizing import (
     AUTO_KV_BYTES,
@@ -25,7 +26,6 @@ from moe_runtime.launch.sizing import (
     expert_dtype,
     format_bytes,
     page_size,
-    process_bytes,
     weight_bytes,
 )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,18 +87,26 @@ class ExpertWeights:
         """Copies of one slot's weights, `(w13 [2I, H], w2 [H, I])`: plain, or block-scaled where the slots are."""
         return _copy(self.w13, slot), _copy(self.w2, slot)
 
-    def swap_slot_(self, slot: int, other: ExpertWeights) -> None:
-        """Exchange one slot's weights with the same slot of `other`, whose storage is fixed, in place in both.
+    def take_slot_(self, slot: int, other: ExpertWeights, scratch: ExpertWeights) -> Callable[[], None]:
+        """Put the same slot of `other` in place of one slot; what is returned puts the old weights back, and takes no
+        memory for it.
 
-        Takes memory for two slots, and for two packed ones where these are; what fails leaves both as they were.
+        `other` and `scratch`, which has one slot, are as `plain_like` makes them. Fixed storage is exchanged with
+        `other`'s, by way of `scratch`, and takes no memory either. A packed slot is made anew, before anything is
+        written; the old one is held by what is returned, and `other` stays as it is.
         """
-        mine, theirs = self.read_slot(slot), other.read_slot(slot)
-        other.write_slot_(slot, w13=mine[0], w2=mine[1])
-        try:
-            self.write_slot_(slot, w13=theirs[0], w2=theirs[1])
-        except BaseException:
-            other.write_slot_(slot, w13=theirs[0], w2=theirs[1])
-            raise
+        if isinstance(self.w13, PackedSlots) and isinstance(self.w2, PackedSlots):
+            return _take_packed((self.w13, self.w2), slot, other.slot_tensors(slot))
+        parts = list(zip(self.slot_tensors(slot), other.slot_tensors(slot), scratch.slot_tensors(0), strict=True))
+
+        def exchange() -> None:
+            for mine, theirs, between in parts:
+                between.copy_(mine)
+                mine.copy_(theirs)
+                theirs.copy_(between)
+
+        exchange()
+        return exchange
 
     def slot_tensors(self, slot: int) -> tuple[Tensor, ...]:
         """All that one slot consists of, contiguous: w13 and w2, each followed by its scales where it is block-scaled.
@@ -104,19 +114,32 @@ class ExpertWeights:
         return _tensors(self.w13, slot) + _tensors(self.w2, slot)
 
 
-def plain_like(weights: ExpertWeights) -> ExpertWeights:
-    """Zero slots of the same shapes and dtypes in fixed storage, also where `weights` are packed."""
-    return ExpertWeights(_plain_zeros(weights.w13), _plain_zeros(weights.w2))
+def _take_packed(held: tuple[PackedSlots, PackedSlots], slot: int, plain: Sequence[Tensor]) -> Callable[[], None]:
+    new = [pack(weight) for weight in plain]
+    old = [slots.parts[slot] for slots in held]
+
+    def put(parts: list[PackedWeight]) -> None:
+        for slots, part in zip(held, parts, strict=True):
+            slots.parts[slot] = part
+
+    put(new)
+    return partial(put, old)
 
 
-def _plain_zeros(w: SlotWeights) -> SlotWeights:
+def plain_like(weights: ExpertWeights, num_slots: int) -> ExpertWeights:
+    """So many zero slots of the same shapes and dtypes in fixed storage, also where `weights` are packed."""
+    return ExpertWeights(_plain_zeros(weights.w13, num_slots), _plain_zeros(weights.w2, num_slots))
+
+
+def _plain_zeros(w: SlotWeights, num_slots: int) -> SlotWeights:
     match w:
         case PackedSlots():
-            return torch.zeros(w.shape, dtype=w.dtype)
+            return torch.zeros(num_slots, *w.shape[1:], dtype=w.dtype)
         case BlockScaled():
-            return BlockScaled(torch.zeros_like(w.data), torch.zeros_like(w.scale))
+            data, scale = (x.new_zeros(num_slots, *x.shape[1:]) for x in (w.data, w.scale))
+            return BlockScaled(data, scale)
         case _:
-            return torch.zeros_like(w)
+            return w.new_zeros(num_slots, *w.shape[1:])
 
 
 def _tensors(w: SlotWeights, slot: int) -> tuple[Tensor, ...]:
