@@ -45,7 +45,8 @@ class Topology:
         return ProcessMesh(pp=self.pp, dp=self.dp, tp=self.tp, rank=rank, ranks_per_node=self.ranks_per_node)
 
     def __str__(self) -> str:
-        return f"ep={self.ep} = dp={self.dp} × tp={self.tp}, {self.world} {self.launcher} ranks"
+        ranks = "rank" if self.world == 1 else "ranks"
+        return f"ep={self.ep} = dp={self.dp} × tp={self.tp}, {self.world} {self.launcher} {ranks}"
 
 
 def resolve(

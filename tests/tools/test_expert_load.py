@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from moe_tools.expert_load.analysis import (
-    balancedness,
-    candidates,
-    expected_rank_loads,
-    hot_experts,
-    predicted_rank_loads,
-    spans,
-)
+from moe_tools.expert_load import analysis
+from moe_tools.expert_load.analysis import balance_of, candidates, hot_experts, predicted_rank_loads, spans
 from moe_tools.expert_load.document import make_document
 from moe_tools.expert_load.facts import Facts, find_facts
 from moe_tools.expert_load.planning import compare, make_plan
-from moe_tools.expert_load.routes import by_node, pairs, replay
+from moe_tools.expert_load.routes import pairs
+from moe_tools.expert_load.traffic import Traffic, by_node
 
+from moe_runtime.balance.planner import rank_loads
+from moe_runtime.balance.replay import replay
 from moe_runtime.config import RuntimeConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.parallel.placement import ExpertPlacement
@@ -45,16 +42,15 @@ SPARE = ExpertPlacement.uniform(
 
 
 def test_balancedness_by_hand() -> None:
-    found = balancedness(np.array([[1.0, 1.0], [3.0, 1.0], [0.0, 0.0]]))
-    assert found[:2].tolist() == [1.0, 2 / 3]
-    assert math.isnan(found[2])
+    assert balance_of(np.array([[1.0, 1.0], [3.0, 1.0], [0.0, 0.0]])).tolist() == [1.0, 2 / 3, 1.0]
 
 
 def test_replay_gives_what_was_counted(tmp_path: Path) -> None:
     """Also under replicas: the trace's rows were counted token by token, by another route."""
     trace = write_trace(tmp_path, placement=SPARE)
-    rows, sent = replay(trace, SPARE)
-    assert rows.tolist() == trace.rank_loads.tolist()
+    found = replay(trace, SPARE)
+    sent = Traffic.replayed(found, 2)
+    assert found.rank_loads.tolist() == trace.rank_loads.tolist()
     assert sent.ranks.sum() == trace.total_loads.sum() == WINDOWS * TOKENS * LAYERS * TOP_K
     assert sent.ranks.sum(axis=0).tolist() == trace.rank_loads.sum((0, 1)).tolist()
     assert sent.ranks.sum(axis=1).tolist() == (homes().bincount() * WINDOWS * LAYERS * TOP_K).tolist()
@@ -63,7 +59,7 @@ def test_replay_gives_what_was_counted(tmp_path: Path) -> None:
 def test_traffic_by_brute_force(tmp_path: Path) -> None:
     """One row per assignment, once per rank, once per node; the sender's own rank and node left out."""
     trace = write_trace(tmp_path)
-    _, sent = replay(trace, ExpertPlacement.uniform(LAYERS, EXPERTS, ep=EP))
+    sent = Traffic.replayed(replay(trace, ExpertPlacement.uniform(LAYERS, EXPERTS, ep=EP)), 2)
     off = per_rank = per_node = 0
     for home, route in zip(trace.home.tolist(), trace.routes.tolist(), strict=True):
         for experts in route:
@@ -71,7 +67,7 @@ def test_traffic_by_brute_force(tmp_path: Path) -> None:
             off += sum(owner != home for owner in owners)
             per_rank += len(set(owners) - {home})
             per_node += len({owner // 2 for owner in owners} - {home // 2})
-    assert (sent.off_rank(), sent.to_ranks, sent.to_nodes) == (off, per_rank, per_node)
+    assert (sent.off_rank, sent.to_ranks, sent.to_nodes) == (off, per_rank, per_node)
     assert per_node < per_rank < off
 
 
@@ -80,21 +76,12 @@ def test_between_nodes() -> None:
     assert by_node(matrix, 2).tolist() == [[0 + 1 + 3 + 4, 2 + 5], [6 + 7, 8]]
 
 
-def test_even_spread_is_what_the_planner_means(tmp_path: Path) -> None:
-    from moe_runtime.balance.planner import rank_loads
-
-    loads = write_trace(tmp_path).loads.double().numpy()
-    found = expected_rank_loads(loads, SPARE)
-    for window, rows in zip(loads, found, strict=True):
-        assert np.allclose(rows, rank_loads(window, SPARE))
-
-
 def test_prediction_is_exact_with_all_routes_only(tmp_path: Path) -> None:
     trace, bare = write_trace(tmp_path / "a"), write_trace(tmp_path / "b", with_routes=False)
     assert predicted_rank_loads(trace, SPARE, ReplicaChoice.STATIC)[1] is True
     rows, exact = predicted_rank_loads(bare, SPARE, ReplicaChoice.STATIC)
     assert not exact
-    assert np.allclose(rows.sum(axis=2), trace.loads.sum(2))
+    assert np.array_equal(rows, rank_loads(trace.loads, SPARE).numpy())
 
 
 def test_plain_placement_is_its_own_counterfactual(tmp_path: Path) -> None:
@@ -145,13 +132,19 @@ def test_document_adds_up(tmp_path: Path) -> None:
     trace = write_trace(tmp_path)
     document = make_document(trace, plan=make_plan(trace), plan_name="A plan", facts=Facts(256, 1000))
     data = document.data
-    assert sum(map(sum, data["expert_load"])) == data["assignments"] == trace.loads.sum()
+    assignments = int(trace.loads.sum())
+    assert sum(map(sum, data["expert_load"])) == assignments
     assert data["tokens"] == WINDOWS * TOKENS
-    assert data["traffic"]["total"] == data["assignments"] * 256
-    assert data["traffic"]["exact"]
+    for own in document.candidates:
+        sent = data["traffic"][own.key]
+        assert sent["exact"] and sent["total"] == assignments * 256
+        received = (own.rank_loads.sum(axis=(0, 1)) * 256).tolist()
+        assert np.sum(sent["ranks"], axis=0).tolist() == received, "what is sent to a rank is what it receives"
+        assert sent["busiest"] == max(rows - sent["ranks"][rank][rank] for rank, rows in enumerate(received))
+    assert data["traffic"]["plan"]["busiest"] < data["traffic"]["recorded"]["busiest"]
     assert [own["key"] for own in data["placements"]] == ["none", "recorded", "plan"]
     for own in data["placements"]:
-        assert sum(map(sum, own["rank_load"])) == pytest.approx(data["assignments"])
+        assert sum(map(sum, own["rank_load"])) == pytest.approx(assignments)
     assert data["plan"]["rank_bytes"] == data["plan"]["slots"] * LAYERS * 1000
     assert document.plan is not None
     assert document.plan.used > document.recorded.used
@@ -161,7 +154,8 @@ def test_document_without_routes_or_placement_or_model(tmp_path: Path) -> None:
     trace = without_placement(write_trace(tmp_path, with_routes=False))
     data = make_document(trace, plan=None, plan_name="", facts=None).data
     assert data["pairs"]["missing"]
-    assert not data["traffic"]["exact"]
+    assert not data["traffic"]["recorded"]["exact"]
+    assert data["traffic"]["recorded"]["once_per_rank"] is None
     assert data["traffic"]["unit"] == "rows"
     assert data["plan"] is None
 
@@ -204,3 +198,27 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
     wrong = ExpertPlacement(torch.arange(8).repeat(LAYERS, 1), 8, EP)
     with pytest.raises(ConfigError, match=r"2 layers of 8 logical experts.*2 of 16"):
         make_document(trace, plan=wrong, plan_name="", facts=None)
+
+
+@pytest.mark.parametrize("choice", list(ReplicaChoice))
+def test_exact_is_what_a_replay_has_shown(tmp_path: Path, choice: ReplicaChoice) -> None:
+    """Equal to the rows that were counted: then the plan's are exact too, whatever the choice looks at."""
+    trace = write_trace(tmp_path, placement=SPARE)
+    counted = replay(trace, choice=choice)
+    trace = replace(trace, rank_loads=counted.rank_loads, header=replace(trace.header, replica_choice=choice.value))
+    found = candidates(trace, make_plan(trace))
+    assert all(own.traffic.exact for own in found)
+    assert found[1].traffic.ranks.tolist() == counted.copies.tolist()
+    assert found[2].rank_loads.tolist() == replay(trace, found[2].placement, choice=choice).rank_loads.tolist()
+    other = replace(trace, rank_loads=trace.rank_loads.roll(1, 2))
+    by_token = choice in (ReplicaChoice.STATIC, ReplicaChoice.NEAREST)
+    assert [own.traffic.exact for own in candidates(other, make_plan(trace))] == [by_token, False, by_token]
+    assert predicted_rank_loads(other, SPARE)[1] == by_token
+
+
+def test_what_would_take_too_long_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = write_trace(tmp_path, placement=SPARE)
+    trace = replace(trace, header=replace(trace.header, replica_choice="waterfill"))
+    monkeypatch.setattr(analysis, "MOST_CALLS", 2 * WINDOWS * EP - 1)
+    assert not predicted_rank_loads(trace, SPARE)[1]
+    assert predicted_rank_loads(trace, SPARE, ReplicaChoice.STATIC)[1], "a call for all steps of a rank"

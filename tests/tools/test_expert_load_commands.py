@@ -3,61 +3,64 @@
 from __future__ import annotations
 
 import json
-import time
+import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
-from moe_tools.expert_load.__main__ import main
-from moe_tools.expert_load.top import bar, make_view
 from moe_tools.expert_load.words import COMMANDS, parse_words
 
-from moe_runtime.cli.app import ExitCode
-from moe_runtime.cli.next_command import load_command
-from moe_runtime.errors import ConfigError
+from moe_runtime.cli.next_command import load_command, next_command
 from moe_runtime.launch.compose import compose
 from moe_runtime.parallel.placement import ExpertPlacement
+from tests.tools.expert_load_cli import next_words, refused, run
 from tests.tools.expert_load_traces import EP, EXPERTS, LAYERS, write_trace
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What a successful command prints."""
-    code = main(words)
-    said = capsys.readouterr()
-    assert code is ExitCode.OK, said.err
-    return said.out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The error of bad input."""
-    assert main(words) is ExitCode.BAD_INPUT
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    return said.err
-
-
-def test_record_plan_apply_compare_top(
+def test_every_command_that_is_printed_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Under a plan the ranks receive exactly the rows that were predicted."""
+    """From a recording to its comparison; under a plan the ranks receive exactly the rows that were predicted."""
     monkeypatch.chdir(tmp_path)
-    Path("prompts.txt").write_text("def add(a, b):\nimport os\nclass A:\n", encoding="utf-8")
-    out = run(capsys, "record", "ep=4", "prompts=prompts.txt", "sampling.max_tokens=6", "output=load")
-    assert "next: python -m moe_tools.expert_load report trace=load output=load/report.html" in out
-    out = run(capsys, "plan", "trace=load", "ep=4", "placement.num_redundant_experts=8", "output=plan.json")
-    assert "8 of 264 spare" in out
-    assert "a new start" in out
-    assert "nothing was recorded" in refused(capsys, "compare", "trace=load", "plan=plan.json")
-    out = run(capsys, "apply", "trace=load", "plan=plan.json")
-    assert "3 prompts" in out
-    assert "compare trace=load plan=plan.json measured=plan-applied" in out
-    out = run(capsys, "compare", "trace=load", "plan=plan.json")
+    Path("my prompts.txt").write_text("def add(a, b):\nimport os\nclass A:\n", encoding="utf-8")
+    words = ["record", "ep=4", "prompts=my prompts.txt", "sampling.max_tokens=6", "output=my load"]
+    for command in ("record", "report", "plan", "apply", "compare"):
+        assert words[0] == command
+        out = run(capsys, *words)
+        words = [] if command == "compare" else next_words(out)
     assert "exactly as predicted" in out
     assert "chosen equally often in both runs" in out
-    out = run(capsys, "top", "trace=load")
+    used = shlex.split(next(line for line in out.splitlines() if line.startswith("use it: ")))[2:]
+    assert used[:3] == ["python", "-m", "moe_runtime"]
+    assert Path(str(compose(used[3:]).config.placement.file)).name == "plan.json"
+    out = run(capsys, "top", "trace=my load")
     assert "demo, closed" in out
     assert "hottest ranks" in out
-    assert "holds a trace already" in refused(capsys, "record", "ep=4", "output=load")
+    assert "holds a trace already" in refused(capsys, "record", "ep=4", "output=my load")
+
+
+def test_a_plan_for_other_ranks_is_applied_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("def add(a, b):\n", encoding="utf-8")
+    few = ("prompts=prompts.txt", "sampling.max_tokens=3")
+    run(capsys, "record", "ep=4", "tp=2", *few, "output=load")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    out = run(capsys, "plan", "trace=../load", "ep=3", "placement.num_redundant_experts=8", "output=plan.json")
+    assert "a new start" in out
+    assert "nothing was recorded" in refused(capsys, "compare", "trace=../load", "plan=plan.json")
+    out = run(capsys, *next_words(out))
+    assert "demo on ep=3 = dp=3 × tp=1" in out
+    out = run(capsys, *next_words(out))
+    assert "loads spread over replicas" in out
+    out = run(capsys, "plan", "trace=../load", "ep=3", "ranks_per_node=3", "output=plan.json")
+    assert next_words(out)[-2:] == ["ranks_per_node=3", "output=plan-applied-2"]
+    Path("../load/run.json").unlink()
+    out = run(capsys, "plan", "trace=../load", "ep=8", "output=other.json")
+    words = next_words(out)
+    assert words == ["apply", "plan=other.json", "model=demo", "ep=8"]
+    assert compose(parse_words(words).launch).has_weights
 
 
 def test_a_synthetic_workload_and_a_report_in_one_command(
@@ -93,7 +96,7 @@ def test_report_and_plan_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["plan", "trace={load}", "output={load}"], "is a folder"),
         (["plan", "trace={load}", "output=p.json", "ep=x"], "whole number"),
         (["plan", "trace={load}", "output=p.json", "move_budget=-1"], "whole number of at least 0"),
-        (["plan", "trace={load}", "output=p.json", "model=other"], "the trace is of 'demo'"),
+        (["plan", "trace={load}", "output=p.json", "model=other"], "no such folder"),
         (["plan", "trace={load}", "output=p.json", "dtype=float32"], "plan takes trace="),
         (["report", "trace={load}", "ep=8"], "runs nothing"),
         (["report", "trace={load}", "requests=8"], "runs nothing"),
@@ -103,7 +106,7 @@ def test_report_and_plan_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["record", "plan=p.json"], "belongs to report"),
         (["record", "trace="], "belongs to report"),
         (["record", "epp=3"], "Did you mean 'ep'"),
-        (["record", "balance.record=off", "output={none}"], "nothing would be in it"),
+        (["record", "balance.record=off", "output={none}"], "nothing would be recorded"),
         (["record", "requests=3", "output={none}"], "workload=synthetic"),
         (["record", "workload=zipf", "output={none}"], "prompts, synthetic"),
         (["compare", "trace={load}"], "plan= is missing"),
@@ -142,65 +145,7 @@ def test_the_run_names_its_command() -> None:
     line = load_command(compose(["ep=4", "output=x.jsonl", "prompts=my file"]))
     assert line == "python -m moe_tools.expert_load report ep=4 'prompts=my file'"
     assert load_command(compose(["ep=1"])) is None
-
-
-def snapshot(**changes: Any) -> dict[str, Any]:
-    """As an engine writes it."""
-    rebalance = {"activity": "moving", "num_layers_committed": 1, "layer": 2, "layer_progress": 0.5, "layers_left": 3}
-    engine = {
-        "mesh": {"dp": 2, "tp": 1, "pp": 1, "ranks_per_node": 8},
-        "state": "running",
-        "step": 7,
-        "phase": "decode",
-        "groups": [{"num_running": 2, "num_waiting": 1}] * 2,
-        "num_finished_requests": 5,
-        "num_output_tokens": 99,
-        "uptime_s": 3700.0,
-        "last_step_s": 0.0125,
-        "output_tokens_per_s": 12.5,
-        "rebalance": rebalance | {"num_layers_abandoned": 1},
-    }
-    window = {
-        "first_step": 4,
-        "last_step": 7,
-        "num_tokens": 8,
-        "expert_load": [[6, 2, 0, 0], [0, 0, 0, 0]],
-        "rank_load": [[8, 0], [0, 0]],
-        "trace_error": None,
-    }
-    return {"written_at": time.time(), "pid": 1, "run": {"model": "m"}, "engine": engine, "window": window} | changes
-
-
-def test_top_shows_the_window() -> None:
-    view = make_view(snapshot(), time.time())
-    text = dict(view.pairs)
-    assert text["requests"] == "4 running, 2 waiting, 5 finished"
-    assert text["rebalancing"] == "moving, 1 layer moved so far; layer 2 at 50 %, 3 left; 1 abandoned"
-    assert view.rows[0] == ("0", "0.500", bar(0.5), "2.00", "0 (8), 1 (0)", "0 (3.0×), 1 (1.0×), 2 (0.0×)")
-    assert view.rows[1][1] == "–"
-    assert not view.over
-
-
-def test_top_tells_a_silent_engine() -> None:
-    late = snapshot(written_at=time.time() - 60, pid=2**22 + 1, window=None)
-    view = make_view(late, time.time())
-    assert "silent for 60 s: its process has ended" in dict(view.pairs)["engine"]
-    assert "no window" in dict(view.pairs)["loads"]
-    with pytest.raises(ConfigError, match="not as an engine writes it"):
-        make_view({"engine": {}}, 0.0)
-
-
-def test_top_on_a_terminal() -> None:
-    from moe_tools.expert_load.rich_top import render
-    from rich.console import Console
-
-    console = Console(width=110, record=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: PTH123, SIM115
-    console.print(render(make_view(snapshot(), time.time())))
-    text = console.export_text()
-    assert "0 (3.0×)" in text
-    assert "[" not in text
-
-
-@pytest.mark.parametrize(("part", "text"), [(0, ""), (1, "█" * 24), (0.5, "█" * 12), (1 / 48, "▌")])
-def test_bars(part: float, text: str) -> None:
-    assert bar(part) == text
+    assert load_command(compose(["ep=4", "balance.record=off"])) == "python -m moe_tools.expert_load report ep=4"
+    traced = compose(["ep=4", "balance.trace=my load", "balance.record=per_token", "balance.window_steps=2"])
+    assert load_command(traced) == "python -m moe_tools.expert_load report trace='my load'"
+    assert next_command(traced) == "python -m moe_runtime ep=320"

@@ -139,9 +139,17 @@ def test_text_in_pictures() -> None:
 
 def test_pictures(tmp_path: Path) -> None:
     files = write_pictures(data_of(tmp_path / "trace"), tmp_path / "report.html")
-    assert [file.name for file in files] == ["report-experts.png", "report-ranks.png", "report-planned.png"]
+    names = ["experts", "ranks", "traffic", "planned", "planned-traffic"]
+    assert [file.name for file in files] == [f"report-{name}.png" for name in names]
     for file in files:
         assert len({tuple(color) for color in pixels_of(file.read_bytes()).reshape(-1, 3)[::7]}) > 5
+
+
+def test_no_script_passes_data_as_arguments(tmp_path: Path) -> None:
+    """Browsers take 65,536 arguments; a trace of 94 layers on 320 ranks has more cells."""
+    script = Page(page_html(data_of(tmp_path))).scripts[-1]
+    spread = re.findall(r"Math\.(?:max|min)\((?:[^()]|\([^()]*\))*\.\.\.([a-z]+)", script)
+    assert set(spread) <= {"values", "lines"}, "these hold a number for each placement"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (58, 320), (61, 2000)])
@@ -159,8 +167,10 @@ def test_a_browser_draws_it(tmp_path: Path) -> None:
     result = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in result.stderr, result.stderr
     drawn = Page(result.stdout.replace("<!DOCTYPE html>", ""))
-    assert drawn.tags["canvas"] == 8  # four maps, each with its scale
+    assert drawn.tags["canvas"] == 2 * (3 + 3)  # maps with their scales; traffic has one for each placement
     assert drawn.tags["option"] == 1 + LAYERS
     assert drawn.tags["td"] > 50
+    for text in ("Rows into the busiest rank from others", "Once to each node that it needs"):
+        assert text in result.stdout
     assert "evil" not in drawn.ids
     assert f"{EXPERTS}, 2 per token" in result.stdout

@@ -9,12 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from moe_tools.plan.__main__ import main
+from moe_tools.plan.advice import advice
+from moe_tools.plan.answer import Answer, Decode, Prefill, Refused
+from moe_tools.plan.evaluate import Evaluator, evaluate, largest
+from moe_tools.plan.hardware import load_machine
+from moe_tools.plan.layouts import Layout, deploy, layouts
 from moe_tools.plan.replay import replay_trace
+from moe_tools.plan.report import shape_text, term_cells, units_text, waits_ms
+from moe_tools.plan.settings import parse_words
+from moe_tools.plan.timing import decode_shape
 
 from moe_runtime import LLM, SamplingParams
 from moe_runtime.balance.trace import Trace, read_trace
+from moe_runtime.cli.doctor import doctor
 from moe_runtime.launch.compose import compose
 from moe_runtime.launch.env import TorchrunEnv
+from moe_runtime.parallel.placement import ExpertPlacement
 
 PROMPTS = [[5, 7, 9, 11] * count for count in (1, 2, 3, 4, 5, 6)]
 
@@ -64,30 +74,192 @@ def test_a_trace_is_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = json.loads(files["json"].read_text(encoding="utf-8"))
     assert {one["batch"] for one in found["decode"]} == {8}, "all meet 50 ms: the largest batch"
     assert found["decode"][0]["memory_bytes"]["total"] < 10e9
+    assert found["prefill"][0]["bounds"]["experts"] == "starts", "370 us of starts for 16 tokens"
     page = files["html"].read_text(encoding="utf-8")
-    assert page.startswith("<!doctype html>")
-    assert "http://" not in page
-    assert "https://" not in page.replace("https://github.com", "")
+    assert all(f"{key}=" in page for key in ("placement.file", "dispatch"))
+    commands = _commands(out)
+    assert set(commands) == {"one unit", "decode", "prefill"}
+    for command in commands.values():  # each with the placement of its own ranks and slots
+        placed = compose([word for word in shlex.split(command) if word != "device=cuda"])
+        assert placed.config.placement.file is not None
+        text = Path(placed.config.placement.file).read_text(encoding="utf-8")
+        assert ExpertPlacement.from_json(text, name="its file").ep == placed.config.ep
     assert main([f"trace={tmp_path / 'trace'}"]) == 2, "a trace of another model"
     assert "num_layers=3" in capsys.readouterr().err
-    placed = compose(
-        [*question[:1], f"ep={found['together'][0]['decode']['ep']}", f"placement.file={files['placement']}"]
-    )
-    assert placed.config.placement.file == str(files["placement"])
+    assert main([*asked, *words, "hardware=h100", "tpot_ms=0.01"]) == 3
+    assert "placement: nothing fits" in capsys.readouterr().out
 
 
-def test_the_winners_command_is_one_of_the_launch(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["model=deepseek_v3", "ep=32", "tp=1", "redundant=32", "dispatch=deep_ep", "batch=64", "layers=1"]
-    assert main([*words, "policy=eplb", "prefill_tokens=4096", "tpot_ms=null"]) == 0
+QUESTIONS = (
+    ("h200", "ep=32", "redundant=32", "tp=1", "dispatch=deep_ep"),
+    ("h200", "ep=16", "redundant=0", "tp=4", "dispatch=all_gather"),
+    ("b200", "ep=8", "redundant=0", "tp=2", "dispatch=all_to_all"),
+    ("gb200", "ep=48", "redundant=32", "tp=1", "dispatch=deep_ep"),
+)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_every_command_is_one_that_the_launch_takes(
+    question: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hardware, *words = question
+    asked = ["batch=16", "layers=1", "policy=eplb", "prefill_tokens=4096", "tpot_ms=null"]
+    assert main([*words, *asked, f"hardware={hardware}"]) == 0
     out = capsys.readouterr().out
-    commands = [line for line in out.splitlines() if "torchrun" in line]
-    assert len(commands) == 3
-    for line in commands:
-        launch, _, rest = line[line.index("torchrun") :].partition(" -m moe_runtime ")
-        assert "--nproc-per-node 8 --nnodes 4" in launch
-        run = compose(shlex.split(rest), torchrun=TorchrunEnv(0, 32, 0, 8, "localhost", 29500))
-        assert (run.config.ep, run.config.tp, run.config.dispatch) == (32, 1, "deep_ep")
-        assert run.config.placement.num_redundant_experts == 32
+    commands = _commands(out)
+    assert set(commands) == {"one unit", "decode", "prefill"}
+    ep, hosts = int(words[0].removeprefix("ep=")), load_machine(hardware).host_ranks
+    for command in commands.values():
+        each = min(ep, hosts)
+        launch = TorchrunEnv(0, ep, 0, each, "localhost", 29500)
+        assert doctor([*shlex.split(command), "job=doctor"], torchrun=launch) == 0, capsys.readouterr().out
+        run = compose(shlex.split(command), torchrun=launch)
+        assert f"tp={run.config.tp}" in words
+        assert f"redundant={run.config.placement.num_redundant_experts}" in words
+    assert f"--nproc-per-node {min(ep, hosts)}" in out
+    assert ("--nnodes" in out) == (ep > hosts)
+
+
+def _commands(out: str) -> dict[str, str]:
+    """Name → the launch's words."""
+    found = {}
+    for line in out.splitlines():
+        name, found_one, command = line.partition(": ")
+        if found_one and command.strip().startswith("torchrun"):
+            found[name.strip()] = command.partition(" -m moe_runtime ")[2]
+    return found
+
+
+def _answer(*words: str) -> Answer:
+    return evaluate(Evaluator(parse_words(["layers=1", "tp=1", "redundant=0", "dispatch=deep_ep", *words])))
+
+
+def test_figures_of_one_unit_belong_to_its_command() -> None:
+    """However large a prefill unit's steps may be, the unit that does both runs what its own command allows."""
+    wide, narrow = (_answer("ep=16", "batch=32", f"prefill_tokens={tokens}") for tokens in (16384, 2048))
+    (one,), (other,) = wide.together, narrow.together
+    assert (one.tpot_ms, one.ttft_ms, one.tokens_per_s) == (other.tpot_ms, other.ttft_ms, other.tokens_per_s)
+    assert one.decode.deployment == one.prefill.deployment == other.decode.deployment
+    engine = one.decode.deployment.config.engine
+    assert engine.max_num_batched_tokens == one.decode.batch + one.prefill.tokens == 32 + 2048
+    assert one.mixed_ms == pytest.approx(one.decode.tpot_ms + one.prefill.step.us / 1e3)
+    assert one.decode.tpot_ms < one.tpot_ms < one.mixed_ms == one.ttft_ms
+    assert one.share == 32 * 2048 / 1024 / 2048
+    assert wide.prefills[0].tokens == 16384
+
+
+def test_layouts_are_named_by_their_slots() -> None:
+    """256 experts on 72 ranks fill 288 slots, whether 0 or 32 copies were asked for: one layout, not two."""
+    plan = parse_words(["ep=72,64", "tp=1", "redundant=0,32", "dispatch=deep_ep"])
+    found = dict(layouts(plan, Evaluator(plan).model, num_logical=256))
+    assert [(one.ep, one.redundant) for one in found] == [(72, 32), (64, 0), (64, 64)]
+
+
+def test_a_larger_buffer_takes_fewer_dispatches() -> None:
+    words = ["ep=32", "batch=8", "redundant=32"]
+    usual, large = (_answer(*words, *more).prefills[0] for more in ((), ("dispatch_buffer_bytes=36GiB",)))
+    assert usual.step.agreed.num_chunks > 1
+    assert "dispatch_buffer_bytes=" in shape_text(usual)
+    assert large.step.agreed.num_chunks == 1
+    assert large.tokens_per_s > 1.2 * usual.tokens_per_s
+    assert large.memory.dispatch > 4 * usual.memory.dispatch
+    assert f"engine.dispatch_buffer_bytes={36 * 2**30}" in large.deployment.words()
+
+
+def test_where_decode_steps_are_cut_is_part_of_the_command() -> None:
+    words = ["ep=16", "batch=64", "redundant=32", "tpot_ms=null"]
+    usual, early = (_answer(*words, *more).decodes[0] for more in ((), ("two_batch_decode_tokens=32",)))
+    assert (usual.step.agreed.num_micro_batches, early.step.agreed.num_micro_batches) == (1, 2)
+    assert not any("two_batch" in word for word in usual.deployment.words())
+    assert "engine.two_batch_decode_tokens=32" in early.deployment.words()
+
+
+def test_prompts_that_do_not_fit_into_steps_are_told() -> None:
+    question = ("ep=16", "prompt_tokens=4096", "output_tokens=64", "tpot_ms=null")
+    answer = _answer(*question, "batch=64")
+    (refused,) = answer.refused
+    assert (refused.phase, refused.rule, refused.least) == ("one unit", "prompts", 4096)
+    assert "room for 2048" in refused.reason
+    assert "Set batch=32," in advice(answer)[0]
+    assert _answer(*question, "batch=32").together
+
+
+def test_a_larger_batch_of_another_shape_is_looked_at() -> None:
+    """From a number of tokens on a step is cut in two, which overlaps and may be shorter than that of a few less."""
+    evaluator = Evaluator(parse_words(["layers=1", "tpot_ms=null"]))
+    layout = Layout(16, 1, 32, "deep_ep")
+    made = {
+        batch: deploy(layout, evaluator.plan, evaluator.base, evaluator.model, evaluator.machine, batch=batch,
+                      batched_tokens=batch)
+        for batch in range(8, 168, 8)
+    }  # fmt: skip
+    whole = [batch for batch in made if decode_shape(made[batch], batch)[0] == 1]
+    assert 0 < len(whole) < len(made), "both shapes occur"
+    passing = {*whole[:3], max(whole) + 8, max(whole) + 16}
+
+    def judge(batch: int) -> Decode | Refused:
+        if batch not in passing:
+            return Refused(layout, "decode", "slow", "tpot_ms", 1.0)
+        return Decode(made[batch], batch, step, made[batch].memory())
+
+    some = evaluator.decode(layout)
+    assert isinstance(some, Decode)
+    step = some.step
+    found = largest(layout, "decode", made, judge)
+    assert isinstance(found, Decode)
+    assert found.batch == max(passing)
+
+
+def test_remedies_are_ones_that_work() -> None:
+    slow = _answer("ep=16", "tpot_ms=0.5")
+    (said,) = [line for line in advice(slow) if line.startswith("decode")]
+    word = next(word for word in said.split() if word.startswith("tpot_ms=") and word != "tpot_ms=0.5.").rstrip(",")
+    assert _answer("ep=16", word).decodes
+    small = _answer("ep=8", "hardware=h100")
+    (said,) = [line for line in advice(small) if "decode" in line]
+    assert "needed" in said
+    assert "Set ep=16," in said
+    assert _answer("ep=16", "hardware=h100").decodes
+    together = next(one for one in slow.refused if one.phase == "one unit")
+    assert together.rule == "tpot_ms"
+    assert any("fits" in line and "one unit" in line for line in advice(small))
+
+
+def test_the_parts_of_a_step_add_up_and_waiting_is_told() -> None:
+    answer = _answer("ep=16", "batch=32")
+    units: list[Decode | Prefill] = [*answer.decodes, *answer.prefills]
+    for one in units:
+        parts = sum(one.step.terms.values()) + one.step.summary.exposed_us[0]
+        assert parts == pytest.approx(one.step.us, rel=1e-6)
+    assert waits_ms(answer.prefills[0]) > 0, "drawn routes leave a mean rank waiting"
+    assert "waits" in term_cells(answer.prefills[0])[-1][0]
+    assert answer.prefills[0].step.bounds["experts"] == "arithmetic"
+    assert answer.decodes[0].step.bounds["experts"] == "bytes"
+
+
+def test_whole_units_keep_up() -> None:
+    (apart,) = _answer("ep=16", "batch=32").apart
+    prefills, decodes, rate = apart.whole_units()
+    assert prefills / decodes >= apart.prefill_units - 1e-6
+    assert 0.9 * apart.tokens_per_s < rate <= apart.tokens_per_s
+    assert f"{prefills} for {decodes}" in units_text(apart)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("json=/nonexistent/a.json", "there is no folder"),
+        ("html=.", "is a folder"),
+        ("json=a html=a", "is also json="),
+        ("json=", "Write json=plan.json"),
+    ],
+)
+def test_files_are_looked_at_before_the_work(
+    word: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_tools.plan.evaluate.evaluate", lambda *_: pytest.fail("evaluated first"))
+    assert main(word.split()) == 2
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""`python -m moe_tools.bench balance [--write]`: how even plans and replica choices are, as tables of docs/balance.md.
+"""`python -m moe_tools.bench balance [TABLE …] [--write]`: how even plans and replica choices are, and what planning
+beside the steps costs them, as tables of docs/balance.md.
 
-One core. Loads are synthetic, or recorded from the demo model.
+One core, but for `planning`. Loads are synthetic, or recorded from the demo model.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from moe_runtime.balance.planner import PlanPolicy, balancedness, gain_at_moves,
 from moe_runtime.parallel.placement import ExpertPlacement
 from moe_tools.bench.balance_choice import choice_table
 from moe_tools.bench.balance_loads import SYNTHETIC, Recorded, record_demo
+from moe_tools.bench.balance_planning import planning_table
 
 DOCUMENT: Final = Path("docs/balance.md")
 _REPEATS: Final = 5
+TABLES: Final = ("plans", "moves", "windows", "choices", "planning")
 Loads = NDArray[np.float64]
 
 
@@ -137,22 +140,37 @@ def write_between(text: str, name: str, lines: Sequence[str]) -> str:
     return head + begin + "\n".join(lines) + "\n" + found + tail
 
 
+def _table(name: str, recorded: Recorded | None) -> Iterator[str]:
+    match name:
+        case "plans" if recorded is not None:
+            return plan_table(recorded.loads)
+        case "choices" if recorded is not None:
+            return choice_table(recorded)
+        case "moves":
+            return moves_table()
+        case "windows":
+            return windows_table()
+        case _:
+            return planning_table()
+
+
 def main(arguments: Sequence[str]) -> None:
     """Print the tables, or write them into the document."""
     parser = argparse.ArgumentParser(prog="python -m moe_tools.bench balance", description=__doc__)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}; none: all")
     parser.add_argument("--write", action="store_true", help=f"put the tables into {DOCUMENT}")
     args = parser.parse_args(arguments)
+    if unknown := set(args.tables) - set(TABLES):
+        parser.error(f"{', '.join(sorted(unknown))}: no such table. Choose from {', '.join(TABLES)}.")
+    names = args.tables or TABLES
     torch.set_num_threads(1)
-    recorded: Recorded = record_demo()
-    tables = {
-        "plans": list(plan_table(recorded.loads)),
-        "moves": list(moves_table()),
-        "windows": list(windows_table()),
-        "choices": list(choice_table(recorded)),
-    }
-    text = DOCUMENT.read_text(encoding="utf-8") if args.write else ""
-    for name, lines in tables.items():
-        print(f"{name}\n" + "\n".join(lines) + "\n")
-        text = write_between(text, name, lines) if args.write else text
+    recorded = record_demo() if {"plans", "choices"} & set(names) else None
+    found = {}
+    for name in names:
+        found[name] = list(_table(name, recorded))
+        print(f"{name}\n" + "\n".join(found[name]) + "\n", flush=True)
     if args.write:
+        text = DOCUMENT.read_text(encoding="utf-8")
+        for name, lines in found.items():
+            text = write_between(text, name, lines)
         DOCUMENT.write_text(text, encoding="utf-8")

@@ -7,19 +7,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from moe_runtime.balance.trace import Trace
+from moe_runtime.balance.measures import balancedness, rank_loads
+from moe_runtime.balance.replay import BY_TOKEN_ALONE, Replayed, num_calls, replay
+from moe_runtime.balance.trace import Trace, TraceHeader
 from moe_runtime.errors import ConfigError
 from moe_runtime.parallel.placement import ExpertPlacement
 from moe_runtime.parallel.replicas import ReplicaChoice
-from moe_tools.expert_load.routes import replay
+from moe_tools.expert_load.traffic import Traffic
+
+MOST_CALLS: Final = 500_000
+"""Of the replica choice, in one replay: half a minute of `round_robin`, some minutes of `waterfill`."""
 
 Floats = NDArray[np.float64]
 Kind = Literal["measured", "predicted", "counterfactual"]
+OURS: Final = "moe_runtime"
+"""`header.source` of recordings of this runtime"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +40,7 @@ class Candidate:
     placement: ExpertPlacement | None
     rank_loads: Floats
     """[W, L, ep]"""
+    traffic: Traffic
 
     @property
     def total(self) -> Floats:
@@ -40,13 +49,8 @@ class Candidate:
 
     @property
     def balance(self) -> Floats:
-        """[L]: of the totals; NaN where nothing was received."""
-        return balancedness(self.total)
-
-    @property
-    def over_time(self) -> Floats:
-        """[W]: Σ mean / Σ max over the layers of each window; NaN where nothing was received."""
-        return share(self.rank_loads.mean(axis=2).sum(axis=1), self.rank_loads.max(axis=2).sum(axis=1))
+        """[L]: of the totals."""
+        return balance_of(self.total)
 
     @property
     def used(self) -> float:
@@ -73,65 +77,96 @@ class HotExpert:
     """That hold it"""
 
 
-def balancedness(rank_load: Floats) -> Floats:
-    """Mean over max along the last axis; NaN where all are 0."""
-    return share(rank_load.mean(axis=-1), rank_load.max(axis=-1))
+def balance_of(rank_load: Floats) -> Floats:
+    """`balancedness` of `[…, ep]` rows: `[…]`."""
+    return np.asarray(balancedness(torch.from_numpy(rank_load)).numpy())
 
 
-def expected_rank_loads(loads: Floats, placement: ExpertPlacement) -> Floats:
-    """`loads [W, L, E']` → [W, L, ep]: every expert's tokens spread evenly over its replicas."""
-    counts = placement.logcnt.numpy()
-    phy2log = placement.phy2log.numpy()
-    layers, slots = phy2log.shape
-    share = np.zeros((layers, placement.num_logical, placement.ep))
-    layer = np.arange(layers)[:, None]
-    rank = np.arange(slots)[None, :] // placement.num_local
-    np.add.at(share, (layer, phy2log, rank), 1 / counts[layer, phy2log])
-    return np.asarray(np.einsum("wle,ler->wlr", loads, share, optimize=True))
-
-
-def predicted_rank_loads(trace: Trace, plan: ExpertPlacement, choice: ReplicaChoice) -> tuple[Floats, bool]:
+def predicted_rank_loads(
+    trace: Trace, plan: ExpertPlacement, choice: ReplicaChoice | None = None
+) -> tuple[Floats, bool]:
     """Rows [W, L, ep] that the trace's tokens would bring each rank under `plan`, and whether that is exact.
 
-    Exact where `predicts_exactly`; else experts' tokens are taken to spread evenly over their replicas.
+    `choice` None: as recorded. Exact where each token's route is sent through the plan by the runtime's own choice of
+    replicas. Where routes are missing, live on other ranks than the plan's, do not tell how a step chose, or would take
+    more than MOST_CALLS, experts' tokens are taken to spread evenly over their replicas.
     """
-    if predicts_exactly(trace, plan, choice):
-        return replay(trace, plan, choice=choice)[0].astype(np.float64), True
-    return expected_rank_loads(trace.loads.double().numpy(), plan), False
+    rows, sent = _predicted(trace, plan, choice, trusted=_trusted(trace, choice, _again(trace, choice)))
+    return rows, sent.exact
 
 
-def predicts_exactly(trace: Trace, plan: ExpertPlacement, choice: ReplicaChoice) -> bool:
-    """Whether every counted assignment's route is known, tokens live on the plan's ranks, and a token's replicas do not
-    depend on which tokens share its step."""
-    alone = choice in (ReplicaChoice.STATIC, ReplicaChoice.NEAREST)
-    known = len(trace.routes) > 0 and int((trace.routes >= 0).sum()) == int(trace.loads.sum())
-    return alone and known and plan.ep == trace.header.ep
+def candidates(trace: Trace, plan: ExpertPlacement | None, choice: ReplicaChoice | None = None) -> list[Candidate]:
+    """No balancing, as recorded, and `plan` where there is one; each on the ranks that it is made for.
 
-
-def candidates(
-    trace: Trace, plan: ExpertPlacement | None, choice: ReplicaChoice = ReplicaChoice.STATIC
-) -> list[Candidate]:
-    """No balancing, as recorded, and `plan` where there is one; each on the ranks that it is made for."""
-    header, loads = trace.header, trace.loads.double().numpy()
-    plain = ExpertPlacement.uniform(header.num_layers, header.num_logical, ep=header.ep)
-    found = [Candidate("none", "No balancing", "counterfactual", plain, expected_rank_loads(loads, plain))]
-    measured = trace.rank_loads.double().numpy()
-    found.append(Candidate("recorded", "As recorded", "measured", header.placement(), measured))
+    `choice` None: as recorded. ConfigError where the plan is for another model.
+    """
+    header, measured = trace.header, trace.rank_loads.double().numpy()
     if plan is not None:
-        check_fits(plan, trace)
-        rows, _ = predicted_rank_loads(trace, plan, choice)
-        found.append(Candidate("plan", "Planned", "predicted", plan, rows))
+        check_fits(plan, trace.header)
+    again = _again(trace, choice)
+    if again is None:
+        sent = Traffic.even(measured.sum(axis=(0, 1)), header.ranks_per_node)
+    else:
+        sent = Traffic.replayed(again, header.ranks_per_node)
+    trusted = _trusted(trace, choice, again)
+    plain = ExpertPlacement.uniform(header.num_layers, header.num_logical, ep=header.ep)
+    found = [
+        Candidate("none", "No balancing", "counterfactual", plain, *_predicted(trace, plain, choice, trusted=trusted)),
+        Candidate("recorded", *_of_source(header.source), header.placement(), measured, sent),
+    ]
+    if plan is not None:
+        rows, sent = _predicted(trace, plan, choice, trusted=trusted)
+        found.append(Candidate("plan", "Planned", "predicted", plan, rows, sent))
     return found
 
 
-def check_fits(plan: ExpertPlacement, trace: Trace) -> None:
-    """ConfigError where `plan` is for another number of layers or experts than the trace."""
-    seen = (plan.num_layers, plan.num_logical)
-    wanted = (trace.header.num_layers, trace.header.num_logical)
+def _predicted(
+    trace: Trace, placement: ExpertPlacement, choice: ReplicaChoice | None, *, trusted: bool
+) -> tuple[Floats, Traffic]:
+    """Rows [W, L, ep], and between ranks."""
+    nodes = trace.header.ranks_per_node
+    if trusted and placement.ep == trace.header.ep and _can_send(trace, placement, choice):
+        found = replay(trace, placement, choice=choice)
+        return found.rank_loads.double().numpy(), Traffic.replayed(found, nodes)
+    rows: Floats = rank_loads(trace.loads, placement).numpy()
+    return rows, Traffic.even(rows.sum(axis=(0, 1)), nodes)
+
+
+def _can_send(trace: Trace, placement: ExpertPlacement, choice: ReplicaChoice | None) -> bool:
+    """Whether the route of every counted assignment is there, and sending them ends in time."""
+    known = len(trace.routes) > 0 and int((trace.routes >= 0).sum()) == int(trace.loads.sum())
+    known = known and trace.header.source == OURS  # others do not say where tokens enter
+    return known and num_calls(trace, placement, choice=choice) <= MOST_CALLS
+
+
+def _of_source(source: str) -> tuple[str, Kind]:
+    """What the rows of a trace are: other programs do not record them, they follow from a placement that was named."""
+    return ("As recorded", "measured") if source == OURS else ("As placed", "predicted")
+
+
+def _again(trace: Trace, choice: ReplicaChoice | None) -> Replayed | None:
+    """The recording replayed; None where that cannot give, or does not give, the rows that ranks have counted."""
+    placement = trace.header.placement()
+    if placement is None or not _can_send(trace, placement, choice):
+        return None
+    found = replay(trace, choice=choice)
+    return found if found.equals(trace) else None
+
+
+def _trusted(trace: Trace, choice: ReplicaChoice | None, again: Replayed | None) -> bool:
+    """Whether a replay tells what a run would do: a token's replica depends on the token alone, or the trace has shown
+    (`again`) that it tells which tokens chose together."""
+    kind = ReplicaChoice(choice or trace.header.replica_choice or ReplicaChoice.STATIC)
+    return kind in BY_TOKEN_ALONE or again is not None
+
+
+def check_fits(plan: ExpertPlacement, header: TraceHeader, *, name: str = "plan") -> None:
+    """ConfigError where `plan` is for another number of layers or experts than the trace; `name`: which plan."""
+    seen, wanted = (plan.num_layers, plan.num_logical), (header.num_layers, header.num_logical)
     if seen != wanted:
         raise ConfigError(
-            f"plan: is for {seen[0]} layers of {seen[1]} logical experts, the trace ({trace.header.model}) has "
-            f"{wanted[0]} of {wanted[1]}. Make a plan from this trace: plan trace=… output=plan.json."
+            f"{name}: is for {seen[0]} layers of {seen[1]} logical experts, {header.model or 'the trace'} has "
+            f"{wanted[0]} of {wanted[1]}. Make one from a trace of this model: plan trace=… output=plan.json"
         )
 
 

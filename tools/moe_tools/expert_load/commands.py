@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
-from moe_runtime.balance.trace import Trace, read_trace
+from moe_runtime.balance.trace import TraceHeader, has_trace, read_header, read_trace
 from moe_runtime.cli.console import Console
 from moe_runtime.errors import ConfigError
+from moe_runtime.launch.sizing import format_bytes
 from moe_runtime.parallel.placement import ExpertPlacement
-from moe_runtime.parallel.replicas import ReplicaChoice
+from moe_tools.expert_load.analysis import check_fits
 from moe_tools.expert_load.document import Document, make_document
-from moe_tools.expert_load.facts import Facts, find_facts
 from moe_tools.expert_load.page import page_html
 from moe_tools.expert_load.pictures import write_pictures
 from moe_tools.expert_load.planning import compare, make_plan, read_plan
-from moe_tools.expert_load.recording import DEFAULT_FOLDER, record, repeated, words_of_run
+from moe_tools.expert_load.progress import watched
+from moe_tools.expert_load.recording import free_folder, record
+from moe_tools.expert_load.run_file import read_run, repeated
+from moe_tools.expert_load.source import Source, check_same, open_source, recorded_source
 from moe_tools.expert_load.summary import show_comparison, show_plan, show_summary
-from moe_tools.expert_load.words import WORKLOAD_KEYS, Words, asked, config_of
+from moe_tools.expert_load.words import PROGRAM, WORKLOAD_KEYS, Words, asked
 
-_PROGRAM = "python -m moe_tools.expert_load"
+_DEFAULT_FOLDER: Final = "runs/expert_load"
+_SPARE: Final = "placement.num_redundant_experts"
 
 
 def run_command(words: Words, console: Console) -> None:
@@ -42,151 +50,200 @@ def run_command(words: Words, console: Console) -> None:
 
 
 def _record(words: Words, console: Console) -> None:
-    folder = Path(words.own.get("output", DEFAULT_FOLDER))
+    folder = _folder(words, _DEFAULT_FOLDER)
     trace = record(words, folder, console)
     if trace is not None:
-        show_summary(console, _document(trace, folder, None, ""))
+        show_summary(console, _document(console, recorded_source(words, trace, folder), None, ""))
         _next(console, "report", f"trace={folder}", f"output={folder / 'report.html'}")
 
 
 def _report(words: Words, console: Console) -> None:
+    file, plan = words.own.get("plan"), None
+    if "output" in words.own:
+        check_file(Path(words.own["output"]))
+    if file is not None:
+        plan = read_plan(file)
     if "trace" in words.own:
-        if running := [*words.launch, *(f"{key}={words.own[key]}" for key in WORKLOAD_KEYS if key in words.own)]:
-            raise ConfigError(
-                f"{running[0]}: report trace=… shows what was recorded, and runs nothing. Leave it out, or leave "
-                "trace= out to record first."
-            )
-        folder = Path(words.own["trace"])
-        trace = read_trace(folder)
+        _check_nothing_runs(words)
+        source = open_source(words)
     else:
-        folder = Path(DEFAULT_FOLDER)
-        folder = folder if not (folder / "trace.json").exists() else _free(folder)
-        recorded = record(words, folder, console)
-        if recorded is None:
+        if unused := next((key for key in ("fine_tune", "num_routed") if key in words.own), None):
+            raise ConfigError(f"{unused}={words.own[unused]}: is about a trace. Add trace=…, or leave it out.")
+        folder = free_folder(Path(_DEFAULT_FOLDER))
+
+        def check(header: TraceHeader) -> None:
+            if file is not None and plan is not None:
+                check_fits(plan, header, name=f"plan={file}")
+
+        trace = record(words, folder, console, check=check)
+        if trace is None:
             return
-        trace = recorded
-    page = Path(words.own.get("output", str(folder / "report.html")))
-    check_page(page)
-    _check_windows(trace, folder)
-    document = _document(trace, folder, *_shown_plan(words, trace))
+        source = recorded_source(words, trace, folder)
+    page = Path(words.own.get("output", str(source.folder / "report.html")))
+    check_file(page)
+    header = source.trace.header
+    if file is not None and plan is not None:
+        check_fits(plan, header, name=f"plan={file}")
+        name = f"The plan of {Path(file).name}"
+    else:
+        plan = None if header.ep == 1 else make_plan(source.trace, num_groups=source.num_groups)
+        name = "" if plan is None else f"A plan with {plan.num_physical - plan.num_logical} spare slots"
+    document = _document(console, source, plan, name)
     page.write_text(page_html(document.data), encoding="utf-8")
     pictures = write_pictures(document.data, page)
     show_summary(console, document)
-    console.line(f"wrote {page} ({page.stat().st_size / 2**20:.1f} MiB), and {', '.join(str(p) for p in pictures)}")
-    _next(console, "plan", f"trace={folder}", f"output={folder / 'plan.json'}")
+    console.line(f"wrote {page} ({format_bytes(page.stat().st_size)}), and {', '.join(str(p) for p in pictures)}")
+    if file is None:
+        wider = ["ep=8"] if header.ep == 1 and source.ours else []
+        output = source.folder / "plan.json"
+        _next(console, "plan", f"trace={source.place}", *_about(words, source), *wider, f"output={output}")
 
 
-def _shown_plan(words: Words, trace: Trace) -> tuple[ExpertPlacement | None, str]:
-    """The plan file's, or one made here; none where one rank holds everything."""
-    if file := words.own.get("plan"):
-        return read_plan(file, trace), f"The plan of {Path(file).name}"
-    if trace.header.ep == 1:
-        return None, ""
-    plan = make_plan(trace)
-    return plan, f"A plan with {plan.num_physical - plan.num_logical} spare slots"
+def _check_nothing_runs(words: Words) -> None:
+    """ConfigError for words of a run beside trace=…"""
+    place = Path(words.own["trace"])
+    about = {"model"} if has_trace(place) else {"model", "ep", "ranks_per_node", "placement.file", _SPARE}
+    running = [word for word in words.launch if word.partition("=")[0] not in about]
+    running += [f"{key}={words.own[key]}" for key in WORKLOAD_KEYS if key in words.own]
+    if running:
+        raise ConfigError(
+            f"{running[0]}: report trace=… shows what was recorded, and runs nothing. Leave it out, or leave trace= "
+            "out to record first."
+        )
 
 
 def _plan(words: Words, console: Console) -> None:
-    folder = Path(words.need("trace"))
     output = Path(words.need("output"))
-    check_page(output, what="output", example="plan.json")
-    trace = read_trace(folder)
-    _check_windows(trace, folder)
-    given = asked(words.launch)
-    if words.gives("model") and given["model"] != trace.header.model:
+    check_file(output)
+    budget, grouped = words.whole("move_budget", None, least=0), words.one_of("groups", ("true", "false")) == "true"
+    source, given = open_source(words), asked(words.launch)
+    header = source.trace.header
+    if source.ours and words.gives("placement.file"):
         raise ConfigError(
-            f"model={given['model']}: the trace is of {trace.header.model!r}. Leave model= out, or record that model."
+            f"placement.file={given['placement.file']}: this recording knows its own placement. Leave it out."
         )
+    if (given["ep"] or header.ep) == 1:
+        raise ConfigError("plan: ep=1: one rank holds every expert, so there is nothing to plan. Add ep=8.")
     plan = make_plan(
-        trace,
+        source.trace,
         ep=given["ep"],
         ranks_per_node=given["ranks_per_node"],
-        num_redundant=given[spare] if words.gives(spare := "placement.num_redundant_experts") else None,
+        num_redundant=given[_SPARE] if words.gives(_SPARE) else None,
+        num_groups=source.num_groups if grouped else None,
         policy=given["balance.policy"],
-        move_budget=words.whole("move_budget", None, least=0),
+        move_budget=budget,
     )
     output.write_text(plan.to_json(), encoding="utf-8")
-    document = _document(trace, folder, plan, f"The plan of {output.name}")
+    document = _document(console, source, plan, f"The plan of {output.name}")
     show_summary(console, document)
     show_plan(console, document)
+    nodes = plan.ep // (given["ranks_per_node"] or header.ranks_per_node)
+    if source.model is None and grouped:
+        console.line(
+            f"{header.model or 'the model'} is not on this machine: its groups of experts (n_group), if it has some, "
+            "are not kept together. To keep them add model=FOLDER."
+        )
+    elif grouped and nodes > 1 and (groups := source.num_groups) and groups % nodes == 0:
+        console.line(f"experts of each of {groups} groups stay on one node; groups=false plans without that")
     console.line(f"wrote {output}")
-    _next(console, "apply", f"trace={folder}", f"plan={output}")
+    _after_plan(words, source, plan, output, console)
+
+
+def _after_plan(words: Words, source: Source, plan: ExpertPlacement, output: Path, console: Console) -> None:
+    """The next command: the same run under the plan, else any run of this model, else a page."""
+    applied = _applied(str(output))
+    elsewhere = [f"output={free_folder(applied)}"] if has_trace(applied) else []
+    mesh = [word for word in words.launch if word.startswith("ranks_per_node=")]
+    other = _about(words, source) if source.ours else []
+    if source.ours and source.can_run and read_run(source.place) is not None:
+        _next(console, "apply", f"trace={source.place}", f"plan={output}", *mesh, *other, *elsewhere)
+    elif source.ours and source.can_run:
+        _next(console, "apply", f"plan={output}", f"model={source.name}", f"ep={plan.ep}", *mesh, *elsewhere)
+    else:
+        _next(console, "report", f"trace={source.place}", f"plan={output}", *_about(words, source))
 
 
 def _apply(words: Words, console: Console) -> None:
     file = words.need("plan")
-    folder = Path(words.own.get("output", str(_applied(file))))
-    plan = ExpertPlacement.from_json(_text(file), name=f"plan={file}")
+    plan = read_plan(file)
+    folder = _folder(words, str(_applied(file)))
+    before = None
     if "trace" in words.own:
-        words = repeated(words, Path(words.own["trace"]))
-    if not words.gives("ep"):
-        words = Words(words.command, words.own, (*words.launch, f"ep={plan.ep}"))
-    words = Words(words.command, words.own, (*words.launch, f"placement.file={file}"))
-    trace = record(words, folder, console)
+        before = read_header(words.own["trace"])
+        words = repeated(words, Path(words.own["trace"]), before, plan)
+    if given := words.value("placement.file"):
+        raise ConfigError(f"placement.file={given}: the run's placement is plan={file}. Leave placement.file= out.")
+    ep = () if words.gives("ep") else (f"ep={plan.ep}",)
+    words = Words(words.command, words.own, (*words.launch, *ep, f"placement.file={file}"))
+
+    def check(header: TraceHeader) -> None:
+        if before is not None:
+            check_same(before, header, name=f"trace={words.own['trace']}", fine_tune=words.flag("fine_tune"))
+
+    trace = record(words, folder, console, check=check)
     if trace is None:
         return
-    show_summary(console, _document(trace, folder, None, ""))
+    show_summary(console, _document(console, recorded_source(words, trace, folder), None, ""))
     if "trace" in words.own:
-        _next(console, "compare", f"trace={words.own['trace']}", f"plan={file}", f"measured={folder}")
+        about = [f"fine_tune={words.own['fine_tune']}"] if "fine_tune" in words.own else []
+        _next(console, "compare", f"trace={words.own['trace']}", f"plan={file}", f"measured={folder}", *about)
+    else:
+        _next(console, "report", f"trace={folder}", f"output={folder / 'report.html'}")
 
 
 def _compare(words: Words, console: Console) -> None:
     before, file = read_trace(words.need("trace")), words.need("plan")
-    plan = read_plan(file, before)
-    own = before.header.placement()
-    if "measured" in words.own:
-        folder = Path(words.own["measured"])
-    elif own is not None and own.ep == plan.ep and own.phy2log.equal(plan.phy2log):
-        folder = Path(words.own["trace"])
-    elif (_applied(file) / "trace.json").exists():
-        folder = _applied(file)
-    else:
-        line = " ".join([_PROGRAM, "apply", f"trace={words.own['trace']}", f"plan={file}"])
-        raise ConfigError(f"measured: nothing was recorded under {file} yet. Run it first: {line}")
-    found = compare(before, plan, read_trace(folder), choice=replica_choice(folder))
-    show_comparison(console, found)
+    plan = read_plan(file)
+    check_fits(plan, before.header, name=f"plan={file}")
+    folder = Path(words.own["measured"]) if "measured" in words.own else _measured(words.own["trace"], file, plan)
+    measured = read_trace(folder)
+    check_same(before.header, measured.header, name=f"measured={folder}", fine_tune=words.flag("fine_tune"))
+    show_comparison(console, compare(before, plan, measured))
+    if run := read_run(folder):
+        launch = [word for word in run.launch if not word.startswith("balance.")]
+        console.line(f"use it: python -m moe_runtime {shlex.join(launch)}")
 
 
-def replica_choice(folder: Path) -> ReplicaChoice:
-    """That of the recording in `folder`, as far as this tool ran it; else the default."""
-    words = [word for word in words_of_run(folder) if word.startswith("placement.replica_choice=")]
-    return ReplicaChoice(asked(words)["placement.replica_choice"]) if words else ReplicaChoice.STATIC
+def _measured(trace: str, file: str, plan: ExpertPlacement) -> Path:
+    """The newest recording under the plan, of those that `apply` writes and the plan's own."""
+    applied = sorted(_runs(_applied(file)), key=lambda folder: (folder / "trace.json").stat().st_mtime, reverse=True)
+    for folder in (*applied, Path(trace)):
+        ran = read_header(folder).placement()
+        if ran is not None and ran.ep == plan.ep and ran.phy2log.equal(plan.phy2log):
+            return folder
+    run = shlex.join(["apply", f"trace={trace}", f"plan={file}"])
+    raise ConfigError(f"measured: nothing was recorded under {file} yet. Run it first: {PROGRAM} {run}")
 
 
-def check_page(file: Path, *, what: str = "output", example: str = "report.html") -> None:
-    """ConfigError where `file` cannot be written: better now than after the work."""
+def _runs(folder: Path) -> Iterator[Path]:
+    """`folder`, folder-2, folder-3, … with traces."""
+    number = 2
+    place = folder
+    while has_trace(place):
+        yield place
+        place = folder.with_name(f"{folder.name}-{number}")
+        number += 1
+
+
+def check_file(file: Path) -> None:
+    """ConfigError where `file`, the command's output, cannot be written: better now than after the work."""
     if file.is_dir():
-        raise ConfigError(f"{what}={file}: is a folder. Name a file in it: {what}={file / example}.")
+        raise ConfigError(f"output={file}: is a folder. Name a file in it: output={file / 'FILE'}")
     if not file.parent.is_dir():
-        raise ConfigError(f"{what}={file}: there is no folder {file.parent}. Make it first: mkdir -p '{file.parent}'.")
+        raise ConfigError(f"output={file}: there is no folder {file.parent}. Make it first: mkdir -p '{file.parent}'")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"output={file}: cannot be written to. Name another file.")
 
 
-def _document(trace: Trace, folder: Path, plan: ExpertPlacement | None, name: str) -> Document:
-    return make_document(trace, plan=plan, plan_name=name, facts=_facts(trace, folder), choice=replica_choice(folder))
+def _document(console: Console, source: Source, plan: ExpertPlacement | None, name: str) -> Document:
+    began = time.monotonic()
+    with watched(console, "working out the loads", lambda: f"{time.monotonic() - began:.0f} s"):
+        return make_document(source.trace, plan=plan, plan_name=name, facts=source.facts)
 
 
-def _facts(trace: Trace, folder: Path) -> Facts | None:
-    """Bytes, where the model is here; in the dtypes of the run where this tool ran it."""
-    header = trace.header
-    shared = "dispatched" if header.num_logical > header.num_routed else "replicated"
-    kept = [word for word in words_of_run(folder) if word.startswith(("model=", "dtype=", "device=", "fp8_weights="))]
-    words = [*([] if any(word.startswith("model=") for word in kept) else [f"model={header.model}"]), *kept]
-    config = config_of(
-        [*words, f"shared_experts={shared}"],
-        ep=header.ep,
-        tp=header.tp,
-        dp=header.dp,
-        ranks_per_node=header.ranks_per_node,
-    )
-    return find_facts(config)
-
-
-def _check_windows(trace: Trace, folder: Path) -> None:
-    if not trace.num_windows:
-        raise ConfigError(
-            f"trace={folder}: holds no window of steps yet. Wait until balance.window_steps steps have run, or record "
-            "again with a smaller balance.window_steps."
-        )
+def _folder(words: Words, default: str) -> Path:
+    """Where a recording goes: output=, else the default or a free name beside it."""
+    return Path(words.own["output"]) if "output" in words.own else free_folder(Path(default))
 
 
 def _applied(plan: str) -> Path:
@@ -194,16 +251,12 @@ def _applied(plan: str) -> Path:
     return Path(plan).with_name(f"{Path(plan).stem}-applied")
 
 
-def _free(folder: Path) -> Path:
-    return next(name for n in range(2, 10_000) if not (name := Path(f"{folder}-{n}")).exists())
-
-
-def _text(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"plan={file}: cannot be read: {error}. Make one: plan trace=… output=plan.json.") from None
+def _about(words: Words, source: Source) -> list[str]:
+    """The words that say what a trace is of, for the next command on it."""
+    names = ("model=",) if source.ours else ("model=", "ep=", "ranks_per_node=", "placement.file=")
+    own = [f"{name}={words.own[name]}" for name in ("fine_tune", "num_routed") if name in words.own]
+    return [*(word for word in words.launch if word.startswith(names)), *own]
 
 
 def _next(console: Console, *words: str) -> None:
-    console.line(f"next: {_PROGRAM} {' '.join(map(shlex.quote, words))}")
+    console.line(f"next: {PROGRAM} {shlex.join(words)}")

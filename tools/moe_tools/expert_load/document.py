@@ -13,9 +13,10 @@ import numpy as np
 from moe_runtime.balance.trace import Trace
 from moe_runtime.parallel.placement import ExpertPlacement
 from moe_runtime.parallel.replicas import ReplicaChoice
-from moe_tools.expert_load.analysis import Candidate, candidates, hot_experts, predicts_exactly, share, spans
+from moe_tools.expert_load.analysis import Candidate, candidates, hot_experts, share, spans
 from moe_tools.expert_load.facts import Facts
-from moe_tools.expert_load.routes import Pairs, Traffic, by_node, pairs, replay
+from moe_tools.expert_load.routes import Pairs, pairs
+from moe_tools.expert_load.traffic import Traffic
 
 MOST_WINDOWS: Final = 120
 """Points of a line over time; more windows are added up in neighbours."""
@@ -47,9 +48,10 @@ def make_document(
     plan: ExpertPlacement | None,
     plan_name: str,
     facts: Facts | None,
-    choice: ReplicaChoice = ReplicaChoice.STATIC,
+    choice: ReplicaChoice | None = None,
 ) -> Document:
     """`plan_name`: where the plan comes from, in words. `facts`: None where the model is not here; rows, not bytes.
+    `choice`: None: as recorded.
 
     Raises ConfigError where the plan is for another model.
     """
@@ -58,7 +60,7 @@ def make_document(
     load = trace.total_loads
     hot = hot_experts(trace, recorded.placement, 24)
     data: dict[str, Any] = {
-        "model": header.model,
+        "model": header.model or "a model without a name",
         "mode": header.mode,
         "created": header.created,
         "layers": header.num_layers,
@@ -72,7 +74,7 @@ def make_document(
         "tokens": int(trace.num_tokens.sum()),
         "steps": int(trace.window_steps.sum()),
         "windows": trace.num_windows,
-        "assignments": int(load.sum()),
+        "changes": len(trace.change_step),
         "dropped_windows": header.dropped_windows,
         "complete": header.complete,
         "expert_load": load.tolist(),
@@ -84,8 +86,8 @@ def make_document(
         ],
         "hot_ranks": _hot_ranks(recorded, header.ranks_per_node),
         "pairs": _all_pairs(trace),
-        "traffic": _traffic(trace, recorded, facts, choice),
-        "exact": plan is not None and predicts_exactly(trace, plan, choice),
+        "traffic": {"unit": "rows" if facts is None else "bytes", "row_bytes": _row_bytes(facts)}
+        | {candidate.key: _traffic(candidate.traffic, _row_bytes(facts)) for candidate in found},
         "plan": None if plan is None else _plan(recorded.placement, plan, plan_name, facts, header.ranks_per_node),
     }
     return Document(_plain(data), found)
@@ -161,30 +163,23 @@ def _pairs(found: Pairs) -> dict[str, Any]:
     }
 
 
-def _traffic(trace: Trace, recorded: Candidate, facts: Facts | None, choice: ReplicaChoice) -> dict[str, Any]:
-    """From the routes where there are any; else every rank's rows come in equal parts from all ranks."""
-    header = trace.header
-    placement = recorded.placement
-    unit = "rows" if facts is None else "bytes"
-    size = 1 if facts is None else facts.row_bytes
-    common = {"unit": unit, "row_bytes": size, "ranks_per_node": header.ranks_per_node}
-    if placement is not None and len(trace.routes):
-        _, sent = replay(trace, placement, choice=choice)
-        return common | {"exact": True} | _matrices(sent, header.ranks_per_node, size)
-    rows = recorded.total.sum(axis=0)
-    even = np.rint(np.tile(rows / header.ep, (header.ep, 1))).astype(np.int64)
-    return common | {"exact": False} | _matrices(Traffic(even, 0, 0), header.ranks_per_node, size)
+def _row_bytes(facts: Facts | None) -> int:
+    return 1 if facts is None else facts.row_bytes
 
 
-def _matrices(sent: Traffic, ranks_per_node: int, size: int) -> dict[str, Any]:
+def _traffic(sent: Traffic, size: int) -> dict[str, Any]:
+    once = (sent.to_ranks, sent.to_nodes)
+    per_rank, per_node = (None if rows is None else rows * size for rows in once)
     return {
+        "exact": sent.exact,
         "ranks": (sent.ranks * size).tolist(),
-        "nodes": (by_node(sent.ranks, ranks_per_node) * size).tolist(),
-        "total": int(sent.ranks.sum()) * size,
-        "off_rank": sent.off_rank() * size,
-        "off_node": sent.off_node(ranks_per_node) * size,
-        "once_per_rank": sent.to_ranks * size,
-        "once_per_node": sent.to_nodes * size,
+        "nodes": (sent.nodes * size).tolist(),
+        "total": sent.total * size,
+        "off_rank": sent.off_rank * size,
+        "off_node": sent.off_node * size,
+        "busiest": sent.busiest * size,
+        "once_per_rank": per_rank,
+        "once_per_node": per_node,
     }
 
 
@@ -197,7 +192,6 @@ def _plan(
         "name": name,
         "ep": plan.ep,
         "slots": plan.num_local,
-        "slots_before": None if before is None else before.num_local,
         "spare": plan.num_physical - plan.num_logical,
         "rank_bytes": None if size is None else size * plan.num_local,
         "rank_bytes_before": None if size is None or before is None else size * before.num_local,

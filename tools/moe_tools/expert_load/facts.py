@@ -26,11 +26,16 @@ class Facts:
 
 def find_facts(config: RuntimeConfig) -> Facts | None:
     """None where the model is not on this machine."""
+    model = find_model(config)
+    return None if model is None else facts_of(config, model)
+
+
+def find_model(config: RuntimeConfig) -> ModelConfig | None:
+    """None where the model is not on this machine."""
     try:
-        model = load_config(model_path(config.model))
+        return load_config(model_path(config.model))
     except (ConfigError, CheckpointError):
         return None
-    return facts_of(config, model)
 
 
 def facts_of(config: RuntimeConfig, model: ModelConfig) -> Facts:

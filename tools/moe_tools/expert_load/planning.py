@@ -12,7 +12,7 @@ from moe_runtime.balance.trace import Trace
 from moe_runtime.errors import ConfigError
 from moe_runtime.parallel.placement import ExpertPlacement, num_physical_experts
 from moe_runtime.parallel.replicas import ReplicaChoice
-from moe_tools.expert_load.analysis import Floats, balancedness, check_fits, predicted_rank_loads
+from moe_tools.expert_load.analysis import Floats, balance_of, check_fits, predicted_rank_loads
 
 
 def make_plan(
@@ -21,32 +21,41 @@ def make_plan(
     ep: int | None = None,
     ranks_per_node: int | None = None,
     num_redundant: int | None = None,
+    num_groups: int | None = None,
     policy: PlanPolicy = "best",
     move_budget: int | None = None,
 ) -> ExpertPlacement:
     """A placement for the loads of all windows. What is None is as recorded, but where the recording had no spare
-    slot, each rank gets one more.
+    slot, each rank gets one more, unless a budget of moves says that slots stay. `num_groups`: the model's, as live
+    rebalancing has them.
 
     The recorded placement is what moves are counted from, where the plan has the same ranks and slots. ConfigError as
     the planner raises it, and where a budget of moves has no placement to move from.
     """
     header = trace.header
     ep = header.ep if ep is None else ep
-    before = header.placement()
+    before = trace.placement_at(int(trace.last_step.max()))
+    spare = 0 if before is None else before.num_physical - before.num_logical
     if num_redundant is None:
-        spare = 0 if before is None else before.num_physical - before.num_logical
-        num_redundant = spare if spare and ep == header.ep else ep
+        as_recorded = ep == header.ep and (spare or move_budget is not None)
+        num_redundant = spare if as_recorded else ep
     slots = num_physical_experts(header.num_logical, ep=ep, num_redundant=num_redundant)
     same = before is not None and ep == header.ep and slots == before.num_physical
     if move_budget is not None and not same:
         raise ConfigError(
             f"move_budget={move_budget}: there is nothing to move from: the plan has {slots} slots on ep={ep}, the "
-            f"recording {'none known' if before is None else before.num_physical} on ep={header.ep}. Leave it out."
+            f"recording {'none known' if before is None else before.num_physical} on ep={header.ep}. "
+            + (
+                "Leave it out."
+                if before is None
+                else f"Set ep={header.ep} placement.num_redundant_experts={spare}, or leave it out."
+            )
         )
     return plan_placement(
         trace.loads,
         ep=ep,
         ranks_per_node=header.ranks_per_node if ranks_per_node is None else ranks_per_node,
+        num_groups=num_groups,
         num_redundant=num_redundant,
         policy=policy,
         previous=before if same else None,
@@ -54,15 +63,17 @@ def make_plan(
     )
 
 
-def read_plan(file: str, trace: Trace) -> ExpertPlacement:
-    """A placement file. ConfigError where it cannot be read or is for another model than the trace."""
+def read_plan(file: str) -> ExpertPlacement:
+    """A placement file. ConfigError where it cannot be read or is none."""
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"plan={file}: cannot be read: {error}. Make one: plan trace=… output=plan.json.") from None
-    plan = ExpertPlacement.from_json(text, name=f"plan={file}")
-    check_fits(plan, trace)
-    return plan
+        raise ConfigError(f"plan={file}: cannot be read: {error}. Make one: plan trace=… output=plan.json") from None
+    try:
+        return ExpertPlacement.from_json(text, name=f"plan={file}")
+    except ConfigError as error:
+        said = str(error)
+        raise ConfigError(said if said.startswith("plan=") else f"plan={file}: {said}") from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,21 +94,29 @@ class Comparison:
 
     def balances(self) -> tuple[Floats, Floats]:
         """[L] balancedness, predicted and measured."""
-        return balancedness(self.predicted), balancedness(self.measured)
+        return balance_of(self.predicted), balance_of(self.measured)
 
 
-def compare(before: Trace, plan: ExpertPlacement, measured: Trace, *, choice: ReplicaChoice) -> Comparison:
-    """What `plan` promises by `before`, against `measured`, which was recorded under it.
+def compare(
+    before: Trace, plan: ExpertPlacement, measured: Trace, *, choice: ReplicaChoice | None = None
+) -> Comparison:
+    """What `plan` promises by `before`, against `measured`, which was recorded under it. `choice` None: as measured.
 
-    ConfigError where they are of different models, or `measured` ran under another placement.
+    ConfigError where they are of different models, or `measured` did not run under the plan from start to end.
     """
-    check_fits(plan, before)
-    check_fits(plan, measured)
+    choice = choice or (ReplicaChoice(own) if (own := measured.header.replica_choice) else None)
+    check_fits(plan, before.header)
+    check_fits(plan, measured.header)
     ran = measured.header.placement()
     if ran is None or ran.ep != plan.ep or not ran.phy2log.equal(plan.phy2log):
         raise ConfigError(
             "measured: was recorded under another placement than the plan. Run the plan first: "
-            "apply trace=… plan=plan.json."
+            "apply trace=… plan=plan.json"
+        )
+    if len(measured.change_step):
+        raise ConfigError(
+            f"measured: experts moved away from the plan at step {int(measured.change_step[0])}. Record it with "
+            "balance.rebalance=off."
         )
     rows, exact = predicted_rank_loads(before, plan, choice)
     return Comparison(

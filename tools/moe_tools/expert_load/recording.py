@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
@@ -12,54 +12,87 @@ from typing import Final
 import numpy as np
 
 from moe_runtime.api import LLM
-from moe_runtime.balance.trace import Trace, has_trace, read_trace
+from moe_runtime.balance.trace import HEADER_FILE, Trace, TraceHeader, has_trace, read_header, read_trace
 from moe_runtime.cli.console import Console, PlainConsole, count
 from moe_runtime.cli.prompts import own_prompts, read_prompts
 from moe_runtime.engine.request import SamplingParams
 from moe_runtime.errors import ConfigError, TraceError
+from moe_runtime.launch.build import LoadProgress
 from moe_runtime.launch.compose import Composed
 from moe_runtime.launch.env import torchrun_env
-from moe_runtime.launch.meeting import decide
-from moe_tools.expert_load.words import WORKLOAD_KEYS, Words
+from moe_runtime.launch.meeting import Meeting, decide
+from moe_runtime.launch.recording import SNAPSHOT_NAME, trace_header
+from moe_tools.expert_load.progress import watched
+from moe_tools.expert_load.run_file import RUN_FILE, save_run
+from moe_tools.expert_load.words import Words
 
-RUN_FILE: Final = "run.json"
-"""Beside a trace: how the tool ran it."""
-DEFAULT_FOLDER: Final = "runs/expert_load"
 _DEFAULTS: Final = ("balance.record=per_token", "balance.window_steps=4")
 """Unlike serving, a recording is short and wants everything."""
 
+Check = Callable[[TraceHeader], None]
+"""Raises where what is about to run does not fit. The header is that of the coming trace, without a placement."""
 
-def record(words: Words, folder: Path, console: Console) -> Trace | None:
+
+def record(words: Words, folder: Path, console: Console, *, check: Check = lambda _: None) -> Trace | None:
     """Run what `words` say and return the trace, written to `folder`; None on a rank that only serves.
 
-    Raises ConfigError where the folder holds a trace already, and what the launch raises.
+    Raises ConfigError where the folder holds a trace already, and what the launch and `check` raise, all of it before
+    the model is loaded.
     """
     place = torchrun_env()
-    if place is None or place.rank == 0:
-        refuse_used(folder)  # the others might look when rank 0 has begun to write
+    first = place is None or place.rank == 0
+    if first:
+        check_folder(folder)  # the others might look when rank 0 has begun to write
     else:
         console = PlainConsole(StringIO())
-    composed, meeting = decide([*_defaults(words), *words.launch, f"balance.trace={folder}"], torchrun=place)
+    if words.value("balance.record") == "off":
+        raise ConfigError("balance.record=off: nothing would be recorded. Leave it out: per_token is the default here.")
+    defaults = [word for word in _DEFAULTS if not words.gives(word.partition("=")[0])]
+    composed, meeting = decide([*defaults, *words.launch, f"balance.trace={folder}"], torchrun=place)
+    config = composed.config
     prompts = workload(words, composed)
-    params = SamplingParams(**asdict(composed.config.sampling))
-    with console.progress(f"loading {composed.config.model} on {composed.topology}", 0) as advance:
-        llm = LLM.from_composed(
-            composed, meeting=meeting, on_progress=lambda progress: advance(0, f"rank {progress.rank}")
-        )
-    with llm:
-        if not llm.owns_requests:
-            llm.generate([])
-            return None
-        with console.progress(f"running {count(len(prompts), 'prompt')}", 0):
-            outputs = llm.generate(prompts, params)
-        steps = llm.num_steps
+    check(trace_header(config, composed.model, None))
+    console.line(
+        f"{config.model} on {composed.topology}: {count(len(prompts), 'prompt')}, at most "
+        f"{count(config.sampling.max_tokens, 'new token')} each, into {folder}"
+    )
+    try:
+        with _load(composed, meeting, console) as llm:
+            if not llm.owns_requests:
+                llm.generate([])
+                return None
+            save_run(folder, words)
+            with watched(console, f"running {count(len(prompts), 'prompt')}", lambda: _state(llm, len(prompts))):
+                outputs = llm.generate(prompts, SamplingParams(**asdict(config.sampling)))
+            steps = llm.num_steps
+    except BaseException:
+        if first and not _discard_empty(folder):
+            console.line(f"what was recorded until then is in {folder}")
+        raise
     written = sum(len(part.token_ids) for output in outputs for part in output.outputs)
     console.line(f"{count(written, 'token')} written in {count(steps, 'step')}; the trace is in {folder}")
-    (folder / RUN_FILE).write_text(json.dumps(_run_of(words), indent=1) + "\n", encoding="utf-8")
     trace = read_trace(folder)
     if not trace.num_windows:
         raise TraceError(f"{folder}: no step with tokens was recorded. Give prompts, or sampling.max_tokens above 1.")
     return trace
+
+
+def _load(composed: Composed, meeting: Meeting | None, console: Console) -> LLM:
+    loaded, ranks = 0, composed.topology.world if composed.topology.launcher == "virtual" else 1
+    total = ranks * composed.model.num_layers
+
+    def on_progress(_: LoadProgress) -> None:
+        nonlocal loaded
+        loaded += 1
+
+    title = f"loading {composed.config.model} on {count(ranks, 'rank')}"
+    with watched(console, title, lambda: f"{min(loaded, total)} of {total} layers"):
+        return LLM.from_composed(composed, meeting=meeting, on_progress=on_progress)
+
+
+def _state(llm: LLM, num_prompts: int) -> str:
+    now = llm.snapshot()
+    return f"step {now.step}, {now.num_finished_requests} of {num_prompts} done, {now.num_output_tokens} tokens written"
 
 
 def workload(words: Words, composed: Composed) -> list[str | Sequence[int]]:
@@ -71,6 +104,8 @@ def workload(words: Words, composed: Composed) -> list[str | Sequence[int]]:
             raise ConfigError(f"{given[0]}={words.own[given[0]]}: belongs to random prompts. Add workload=synthetic.")
         found = own_prompts(composed.model_path) if config.prompts is None else read_prompts(Path(config.prompts))
         return [prompt.value for prompt in found]
+    if config.prompts is not None:
+        raise ConfigError(f"prompts={config.prompts}: workload=synthetic draws its own. Leave one of them out.")
     requests = words.whole("requests", 64, least=1)
     length = words.whole("prompt_tokens", 64, least=1)
     assert requests is not None and length is not None, "both have defaults"
@@ -80,42 +115,28 @@ def workload(words: Words, composed: Composed) -> list[str | Sequence[int]]:
     return [rank_of[number % len(rank_of)][row].tolist() for number, row in enumerate(ids)]
 
 
-def repeated(words: Words, folder: Path) -> Words:
-    """`words` after those of the recording in `folder`, less where that one put its experts and its files."""
-    try:
-        saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        launch, own = list(map(str, saved["launch"])), {str(k): str(v) for k, v in saved["own"].items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(
-            f"trace={folder}: {RUN_FILE} does not say how it was run ({error}). Leave trace= out, and give the "
-            "launch's keys instead: apply plan=plan.json model=demo ep=32."
-        ) from None
-    kept = [word for word in launch if not word.startswith(("placement.", "balance.rebalance", "balance.save_"))]
-    choice = [word for word in launch if word.startswith("placement.replica_choice=")]
-    return Words(words.command, {**own, **words.own}, (*kept, *choice, *words.launch))
+def _discard_empty(folder: Path) -> bool:
+    """Remove what a run that failed has left in `folder`, unless a window was written; whether nothing is left."""
+    with suppress(OSError, TraceError):
+        if read_header(folder).next_part:
+            return False
+        for name in (HEADER_FILE, SNAPSHOT_NAME, RUN_FILE):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+    return True
 
 
-def words_of_run(folder: Path) -> tuple[str, ...]:
-    """The launch's words of a recording of this tool; none where another program recorded."""
-    try:
-        saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        return tuple(map(str, saved["launch"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
+def check_folder(folder: Path) -> None:
+    """ConfigError where no trace can be begun in `folder`."""
+    if file := next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None):
+        raise ConfigError(f"output={folder}: {file} is a file, and a trace is a folder. Name another one.")
+    if has_trace(folder):
+        free = free_folder(folder)
+        raise ConfigError(f"output={folder}: holds a trace already. Remove it, or write elsewhere: output={free}")
 
 
-def refuse_used(folder: Path) -> None:
-    """ConfigError where `folder` holds a trace, with a free name beside it."""
+def free_folder(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, … that holds no trace."""
     if not has_trace(folder):
-        return
-    free = next(f"{folder}-{n}" for n in range(2, 10_000) if not Path(f"{folder}-{n}").exists())
-    raise ConfigError(f"output={folder}: holds a trace already. Remove it, or write elsewhere: output={free}.")
-
-
-def _defaults(words: Words) -> list[str]:
-    return [word for word in _DEFAULTS if not words.gives(word.partition("=")[0])]
-
-
-def _run_of(words: Words) -> dict[str, object]:
-    own = {key: value for key, value in words.own.items() if key in WORKLOAD_KEYS}
-    return {"version": 1, "launch": list(words.launch), "own": own}
+        return folder
+    return next(name for n in range(2, 100_000) if not has_trace(name := folder.with_name(f"{folder.name}-{n}")))

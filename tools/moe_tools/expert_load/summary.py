@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
 from moe_runtime.cli.console import Console, count
 from moe_runtime.launch.sizing import format_bytes
-from moe_tools.expert_load.analysis import Floats
+from moe_tools.expert_load.analysis import Candidate, Floats
 from moe_tools.expert_load.document import Document
 from moe_tools.expert_load.planning import Comparison
 
@@ -19,16 +20,14 @@ def show_summary(console: Console, document: Document) -> None:
     """What the trace says, and what each placement would have made of it."""
     data = document.data
     nodes = -(-data["ep"] // data["ranks_per_node"])
-    sent = data["traffic"]
-    whole, far = (_amount(sent[name], sent["unit"]) for name in ("total", "off_node"))
     rows = [
         ("model", f"{data['model']}: {count(data['layers'], 'MoE layer')} of {count(data['experts'], 'expert')}"),
         ("ranks", f"{data['ep']} on {count(nodes, 'node')}"),
         ("tokens", f"{data['tokens']} in {count(data['steps'], 'step')}, {count(data['windows'], 'window')}"),
-        ("traffic", f"{whole} each way, {far} of them between nodes"),
+        *_traffic(data["traffic"], [own for own in document.candidates if own.key != "none"]),
     ]
-    if not sent["exact"]:
-        rows.append(("", "an estimate: the trace has no routes of tokens"))
+    if moved := data["changes"]:
+        rows.append(("moved", f"{count(moved, 'time')} a layer's experts, while it ran"))
     if not data["complete"]:
         rows.append(("trace", "not complete: the run goes on, or it ended early"))
     if dropped := data["dropped_windows"]:
@@ -39,7 +38,7 @@ def show_summary(console: Console, document: Document) -> None:
     if busy := data["hot_ranks"][:4]:
         rows.append(("hot ranks", ", ".join(f"{h['rank']} ({h['times']:.2f}×)" for h in busy)))
     console.pairs("expert load", rows)
-    header = ("placement", "", "experts' time used", "busiest rank / mean", "worst layer", "slots per rank")
+    header = ("placement", "", "experts' time used", "busiest rank / mean", "worst layer", "ranks × slots")
     lines = [
         (
             own.name,
@@ -47,11 +46,24 @@ def show_summary(console: Console, document: Document) -> None:
             percent(own.used),
             f"{own.slowest:.2f}",
             _number(_least(own.balance)),
-            "–" if own.placement is None else str(own.placement.num_local),
+            "–" if own.placement is None else f"{own.placement.ep} × {own.placement.num_local}",
         )
         for own in document.candidates
     ]
     console.table("placements (in each window and layer all ranks wait for the busiest)", header, lines)
+
+
+def _traffic(data: dict[str, Any], shown: list[Candidate]) -> list[tuple[str, str]]:
+    """What is routed, and what of it travels under each placement."""
+    routed = _amount(data["recorded"]["total"], data["unit"])
+    rows = [("routed", f"{routed}{' of rows' if data['unit'] == 'bytes' else ''} to experts, and as much back")]
+    for own in shown:
+        sent = data[own.key]
+        off_rank, off_node = (_amount(sent[part], data["unit"]) for part in ("off_rank", "off_node"))
+        about = "" if sent["exact"] else "; an estimate, not from routes of tokens"
+        line = f"{own.name.lower()}, {off_rank} leave their rank and {off_node} their node{about}"
+        rows.append(("traffic" if len(rows) == 1 else "", line))
+    return rows
 
 
 def show_plan(console: Console, document: Document) -> None:

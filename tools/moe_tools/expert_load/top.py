@@ -14,15 +14,15 @@ import numpy as np
 from moe_runtime.cli.console import Console, count
 from moe_runtime.engine.snapshot_file import read_snapshot
 from moe_runtime.errors import ConfigError
-from moe_tools.expert_load.analysis import balancedness
+from moe_tools.expert_load.analysis import balance_of
 from moe_tools.expert_load.words import Words
 
 SNAPSHOT: Final = "snapshot.json"
 STALE_S: Final = 5.0
 """A file that is older belongs to an engine that hangs or is gone: idle engines write too."""
-_BAR: Final = 24
 _EVERY_S: Final = 0.5
-HEADER: Final = ("layer", "balancedness", "", "busiest rank / mean", "hottest ranks", "hottest experts (× mean)")
+HEADER: Final = ("layer", "mean/max", "max/mean", "hottest ranks", "hottest experts (× mean)")
+"""mean/max: balancedness of the rows that ranks received"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +32,24 @@ class View:
     title: str
     pairs: tuple[tuple[str, str], ...]
     rows: tuple[tuple[str, ...], ...]
+    """A layer each"""
     over: bool
     """The engine has ended"""
 
 
 def top(words: Words, console: Console) -> None:
-    """Show until interrupted or the engine ends; once where the output is no terminal. ConfigError without a file."""
+    """Show until interrupted or the engine ends; once where the output is no terminal, and then ConfigError where there
+    is no file yet."""
     file = snapshot_file(words)
-    once = words.one_of("once", ("false", "true")) == "true"
-    if once or not sys.stdout.isatty():
+    if words.flag("once") or not sys.stdout.isatty():
         show(console, make_view(read_snapshot(file), time.time()))
         return
     from moe_tools.expert_load.rich_top import watch
 
+    if not file.exists():
+        console.line(f"waiting for {file}: an engine writes it once it has loaded. Ctrl-C ends this.")
+        while not file.exists():
+            time.sleep(_EVERY_S)
     watch(lambda: make_view(read_snapshot(file), time.time()), every_s=_EVERY_S)
 
 
@@ -94,6 +99,7 @@ def _view(document: dict[str, Any], now: float) -> View:
         ("requests", f"{running} running, {waiting} waiting, {engine['num_finished_requests']} finished"),
         ("tokens", f"{engine['output_tokens_per_s']:.1f} per second, {engine['num_output_tokens']} written"),
         ("rebalancing", _rebalance(engine["rebalance"])),
+        *_decisions(engine["rebalance"]),
     ]
     if window is None:
         pairs.append(("loads", "no window of steps has ended yet"))
@@ -102,17 +108,18 @@ def _view(document: dict[str, Any], now: float) -> View:
     pairs.append(("window", steps))
     if window.get("trace_error"):
         pairs.append(("trace", f"ended early: {window['trace_error']}"))
-    return View("expert load", tuple(pairs), _rows(window), engine["state"] != "running")
+    return View("expert load", tuple(pairs), _rows(window, run.get("num_routed")), engine["state"] != "running")
 
 
-def _rows(window: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
-    experts = np.asarray(window["expert_load"], dtype=np.float64)
+def _rows(window: dict[str, Any], num_routed: int | None) -> tuple[tuple[str, ...], ...]:
+    """Shared experts see every token, so only the first `num_routed` experts count as hot."""
+    experts = np.asarray(window["expert_load"], dtype=np.float64)[:, :num_routed]
     ranks = np.asarray(window["rank_load"], dtype=np.float64)
     rows = []
-    for layer, even in enumerate(balancedness(ranks)):
+    for layer, even in enumerate(balance_of(ranks)):
         mean = ranks[layer].mean()
         if not mean:
-            rows.append((str(layer), "–", "", "–", "", ""))
+            rows.append((str(layer), "–", "–", "", ""))
             continue
         hot = np.argsort(-ranks[layer], kind="stable")[:3]
         busy = np.argsort(-experts[layer], kind="stable")[:3]
@@ -121,19 +128,12 @@ def _rows(window: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
             (
                 str(layer),
                 f"{even:.3f}",
-                bar(float(even)),
                 f"{1 / even:.2f}",
                 ", ".join(f"{rank} ({int(ranks[layer, rank])})" for rank in hot),
                 ", ".join(f"{expert} ({experts[layer, expert] / each:.1f}×)" for expert in busy),
             )
         )
     return tuple(rows)
-
-
-def bar(part: float) -> str:
-    """A bar of `part` of its full width, in eighths of a character."""
-    whole, eighths = divmod(round(min(max(part, 0.0), 1.0) * _BAR * 8), 8)
-    return "█" * whole + " ▏▎▍▌▋▊▉"[eighths].strip()
 
 
 def _rebalance(state: dict[str, Any]) -> str:
@@ -145,6 +145,20 @@ def _rebalance(state: dict[str, Any]) -> str:
     if state["num_layers_abandoned"]:
         text += f"; {state['num_layers_abandoned']} abandoned"
     return text
+
+
+def _decisions(state: dict[str, Any]) -> list[tuple[str, str]]:
+    """The last decision and the last failure, where there were any."""
+    rows = []
+    if (made := state.get("decision")) is not None:
+        text = f"{made['verdict']}: ranks were used to {100 * made['utilisation']:.0f} %"
+        if made["num_moves"]:
+            moved = f"{count(made['num_moves'], 'slot')} of {count(made['num_layers'], 'layer')}"
+            text += f", {100 * made['predicted']:.0f} % promised by moving {moved}"
+        rows.append(("decision", text))
+    if (failed := state.get("last_failure")) is not None:
+        rows.append(("failure", f"{failed['stage']} at step {failed['step']}: {'; '.join(failed['reasons'])}"))
+    return rows
 
 
 def _span(seconds: float) -> str:

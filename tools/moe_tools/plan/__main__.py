@@ -7,16 +7,14 @@ python -m moe_tools.plan validate=true
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moe_runtime.errors import ConfigError, MoeRuntimeError
 from moe_tools.plan.settings import PlanConfig, help_text, parse_words
-
-if TYPE_CHECKING:
-    from moe_tools.plan.evaluate import Answer
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -34,63 +32,71 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _plan(plan: PlanConfig) -> int:
-    from moe_tools.plan.evaluate import evaluate
+    from moe_tools.plan.document import as_json
+    from moe_tools.plan.evaluate import Evaluator, evaluate
     from moe_tools.plan.page import page
-    from moe_tools.plan.report import as_json, lines
+    from moe_tools.plan.placed import write_placements
+    from moe_tools.plan.report import intro, lines
 
+    _check_outputs(plan)
+    evaluator = Evaluator(plan)
+    print(intro(evaluator), flush=True)
     quiet = not sys.stderr.isatty()
-    answer = evaluate(plan, on_layout=lambda one: None if quiet else print(f"\r{one!s:<60}", end="", file=sys.stderr))
+    answer = evaluate(
+        evaluator, on_layout=lambda one: None if quiet else print(f"\r{one!s:<60}", end="", file=sys.stderr)
+    )
     if not quiet:
         print("\r" + " " * 60, end="\r", file=sys.stderr)
-    for line in lines(answer):
+    with _written("placement", plan.placement):
+        files = write_placements(answer)
+    for line in lines(answer, files):
         print(line)
-    if plan.placement is not None:
-        _place(plan, answer)
-    if plan.json is not None:
-        _write("json", plan.json, as_json(answer))
-    if plan.html is not None:
-        _write("html", plan.html, page(answer))
+    for (ep, redundant), file in files.items():
+        print(f"placement: {file} (ep={ep}, {redundant} redundant)")
+    if plan.placement is not None and not files:
+        print("placement: nothing fits, so there is none to write")
+    for key, target, text in (("json", plan.json, as_json), ("html", plan.html, page)):
+        if target is not None:
+            with _written(key, target):
+                Path(target).write_text(text(answer, files), encoding="utf-8")
+            print(f"{key}: {target}")
     return 0 if answer.apart or answer.together else 3
 
 
-def _place(plan: PlanConfig, answer: Answer) -> None:
-    """The fastest unit's placement for all layers, and its command with it."""
-    from moe_runtime.balance.planner import plan_placement
-    from moe_runtime.balance.trace import read_trace
+def _check_outputs(plan: PlanConfig) -> None:
+    """Better now than after the work. ConfigError where a file cannot be written."""
+    files = [(key, Path(file)) for key in ("json", "html", "placement") if (file := getattr(plan, key)) is not None]
+    for number, (key, file) in enumerate(files):
+        folder = file.absolute().parent
+        if not folder.is_dir():
+            near = next(parent for parent in folder.parents if parent.is_dir())
+            raise ConfigError(
+                f"{key}={file}: there is no folder {str(folder)!r}. Make it first. Nearest: {key}={near / file.name}."
+            )
+        if file.is_dir():
+            raise ConfigError(f"{key}={file}: is a folder. Give a file in it, e.g. {key}={file / f'plan.{key}'}.")
+        if not os.access(file if file.exists() else folder, os.W_OK):
+            raise ConfigError(f"{key}={file}: may not be written. Give a file in a folder of yours.")
+        if other := next((name for name, path in files[:number] if path == file), None):
+            raise ConfigError(f"{key}={file}: is also {other}=. Give each its own file.")
 
-    found = [*answer.together[:1], *answer.apart[:1]]
-    if not found or plan.placement is None or plan.trace is None or plan.policy == "uniform":
-        return
-    unit = found[0].decode.deployment
-    loads, nodes = read_trace(plan.trace).loads, answer.machine.nvlink_ranks
-    placement = plan_placement(
-        loads, ep=unit.layout.ep, ranks_per_node=nodes, num_redundant=unit.layout.redundant, policy=plan.policy
-    )
-    _write("placement", plan.placement, placement.to_json())
-    print(f"  {unit.command(placement_file=plan.placement)}")
+
+@contextmanager
+def _written(key: str, file: str | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{key}={file}: cannot be written ({error.strerror}). Give another file.") from error
 
 
 def _validate(plan: PlanConfig) -> int:
-    from moe_tools.plan.published import FITTED, Predictor, held_out, leave_one_out
-    from moe_tools.plan.report import published_text
+    from moe_tools.plan.published import Predictor, held_out, leave_one_out
+    from moe_tools.plan.published_report import published_text
+    from moe_tools.plan.sensitivity import sensitivities
 
     predictor = Predictor(seed=plan.seed)
-    print(published_text(leave_one_out(predictor), held_out(predictor)))
-    print(
-        f"fitted: gap {FITTED.gap_us:g} us per layer and micro-batch, transfers x {FITTED.wire_stretch:g}, prefill x "
-        f"{FITTED.prefill_stretch:g}"
-    )
+    print(published_text(leave_one_out(predictor), held_out(predictor), sensitivities(seed=plan.seed)))
     return 0
-
-
-def _write(key: str, file: str, text: str) -> None:
-    try:
-        Path(file).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{key}={file}: cannot be written ({error.strerror}). Give a file in a folder that exists."
-        ) from error
-    print(f"{key}: {file}")
 
 
 if __name__ == "__main__":

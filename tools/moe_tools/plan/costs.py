@@ -21,6 +21,11 @@ Kept = dict[tuple[int, bool], tuple[list[Counts], float]]
 MOST_TOKENS: Final = 65536
 """Tokens of all ranks that are counted one by one; of larger steps this many, and the counts are scaled."""
 
+TP_START_US: Final = 8.0
+"""Of an all-gather or a reduce-scatter over NVLink: assumed, no table has it."""
+TP_RATE: Final = 0.8
+"""Of NVLink's rate, that these two reach: assumed."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCosts:
@@ -43,7 +48,7 @@ class CostModel:
         model = deployment.model
         self.curves = Curves.of(deployment.machine, model, fp8=deployment.fp8)
         self.wire = Wire.of(deployment.machine, dispatch_spec(deployment.config, model), deployment.layout.dispatch)
-        self._counts: Kept = {} if kept is None else kept
+        self.kept: Kept = {} if kept is None else kept
 
     def micro_batch(
         self, rows: int, agreed: AgreedStep, *, decode: bool, length: float
@@ -90,7 +95,7 @@ class CostModel:
         if layout.tp == 1:
             return 0.0
         num_bytes = rows * self.deployment.model.hidden_size * 2 * (1 - 1 / layout.tp)
-        return 2 * (8.0 + 1e6 * num_bytes / (0.8 * machine.rates.nvlink_bytes_per_s))
+        return 2 * (TP_START_US + 1e6 * num_bytes / (TP_RATE * machine.rates.nvlink_bytes_per_s))
 
     def _layer(self, chunk: int, agreed: AgreedStep, *, decode: bool) -> LayerCosts:
         counts, scale = self._replayed(chunk, in_order=not decode)
@@ -114,17 +119,17 @@ class CostModel:
 
     def _replayed(self, chunk: int, *, in_order: bool) -> tuple[list[Counts], float]:
         key = (chunk, in_order)
-        if key not in self._counts:
+        if key not in self.kept:
             ep = self.deployment.layout.ep
             counted = min(chunk, max(1, MOST_TOKENS // ep))
-            self._counts[key] = (
+            self.kept[key] = (
                 [
                     self.replay.count_even(layer, self.routes.step(layer, counted * ep, in_order=in_order, seed=layer))
                     for layer in range(self.replay.placement.num_layers)
                 ],
                 chunk / counted,
             )
-        return self._counts[key]
+        return self.kept[key]
 
     def bounds(self, rows: int, layer: LayerCosts, *, decode: bool, length: float) -> dict[str, str]:
         """Whether bytes or arithmetic hold each term, by the floors of its main work."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from moe_models.base import ModelConfig
@@ -24,8 +24,12 @@ _V3_HIDDEN, _V3_WIDTH = 7168, 2048
 _V3_LATENT, _V3_ROPE, _V3_HEADS = 512, 64, 128
 _V3_ABSORBED = 128 * 128 * 512
 """Weights of one head-wise product with the latent: heads x head width x latent."""
-_SMOOTH = 4.0
+SMOOTH: Final = 4.0
 """Bytes and arithmetic overlap: the fourth-power mean of both bounds meets the masked table within 4 %."""
+FP8_CACHE_BYTES: Final = 1.14
+"""Of one cached number: 512 fp8 values, 4 scales of 4 bytes and 64 bf16 values make 656 bytes of 576 numbers."""
+HEAD_RATE: Final = 0.85
+"""Of the memory rate, at which the vocabulary's product runs; no table has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,7 @@ class Curves:
         weights = np.interp(np.log2(slots), np.log2(table["slots"]), flat) - fixed
         weights = np.where(slots > table["slots"][-1], weights * slots / table["slots"][-1], weights)
         products = (last[0] - fixed) * rows / table["rows"][-1]
-        beyond = (weights**_SMOOTH + products**_SMOOTH) ** (1 / _SMOOTH)
+        beyond = (weights**SMOOTH + products**SMOOTH) ** (1 / SMOOTH)
         us = np.where((rows > table["rows"][-1]) | (slots > table["slots"][-1]), beyond, inside)
         return np.where(rows > 0, fixed + us * self._expert_ratio(slots, rows, there), 0.0)
 
@@ -111,7 +115,7 @@ class Curves:
         if seqs <= 0:
             return 0.0
         table, there = self._table("mla_decode_fp8" if fp8_cache else "mla_decode")
-        fixed, model, kv_bytes = float(table["fixed_us"]), self.model, 1.14 if fp8_cache else 2.0
+        fixed, model, kv_bytes = float(table["fixed_us"]), self.model, FP8_CACHE_BYTES if fp8_cache else 2.0
         equal = seqs * kv_len / 4096
         us = _along(table["seqs"], table["us"], max(equal, 0.1), fixed) - fixed
         work = mla_work(1, 4096, heads=heads, latent=model.kv_lora_rank, rope=model.qk_rope_head_dim,
@@ -144,9 +148,9 @@ class Curves:
         return fixed + us * self._ratio(self._experts(rows, 1, model.hidden_size, width), _v3_experts(rows, 1), there)
 
     def head(self, rows: float, *, tp: int) -> float:
-        """The vocabulary's product, bf16; no table: its floor at 85 % of the memory rate."""
+        """The vocabulary's product, bf16; no table: its floor over `HEAD_RATE`."""
         numbers = self.model.vocab_size * self.model.hidden_size / tp
-        return self.machine.rates.floor_us(Work(2 * numbers, 2 * rows * numbers)) / 0.85
+        return self.machine.rates.floor_us(Work(2 * numbers, 2 * rows * numbers)) / HEAD_RATE
 
     def _expert_ratio(self, slots: Floats, rows: Floats, there: Hardware) -> Floats:
         """This shape on this machine, over V3's in fp8 on the measured one."""

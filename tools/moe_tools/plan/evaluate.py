@@ -3,111 +3,39 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Final, TypeVar
 
 from moe_models.base import ModelConfig
 
-from moe_runtime.balance.planner import plan_placement
 from moe_runtime.config import RuntimeConfig
+from moe_runtime.engine.lockstep import LockstepLimits
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.placing import num_dispatched_shared
 from moe_runtime.parallel.placement import ExpertPlacement, expected_load
+from moe_tools.plan.answer import PHASES, Answer, Apart, Decode, Phase, Prefill, Refused, Together
 from moe_tools.plan.costs import CostModel, Kept
-from moe_tools.plan.hardware import Machine, load_machine
-from moe_tools.plan.layouts import Deployment, Layout, Memory, base_config, deploy, layouts
+from moe_tools.plan.hardware import load_machine
+from moe_tools.plan.layouts import Deployment, Layout, Obstacle, base_config, deploy, layouts
+from moe_tools.plan.placed import planned
 from moe_tools.plan.published import FITTED
 from moe_tools.plan.replay import Replay
 from moe_tools.plan.routes import Routes, drawn, recorded
 from moe_tools.plan.settings import PlanConfig
-from moe_tools.plan.timing import Constants, Step, StepTimer
+from moe_tools.plan.timing import Constants, Step, StepTimer, decode_shape
 
-BATCHES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+BATCHES: Final = (1, 2, 4, *range(8, 128, 8), *range(128, 256, 16), *range(256, 512, 32), *range(512, 1025, 64))
 """Sequences of a DP group that are tried."""
 TOGETHER_TOKENS: Final = 2048
-"""Most tokens of a step where one unit does both: longer ones would be felt by everyone who decodes."""
+"""Most prompt tokens of a step where one unit does both: longer steps would be felt by everyone who decodes."""
+_MOST_RANKS: Final = 1024
+"""Of the units that are looked at for one that has enough memory."""
 
-
-@dataclass(frozen=True, slots=True)
-class Decode:
-    """A decode unit at the largest batch that was allowed."""
-
-    deployment: Deployment
-    batch: int
-    step: Step
-    memory: Memory
-
-    @property
-    def tpot_ms(self) -> float:
-        return self.step.us / 1e3
-
-    @property
-    def tokens_per_s(self) -> float:
-        """New tokens per second and GPU."""
-        layout = self.deployment.layout
-        return self.batch * layout.dp / layout.ep / self.step.us * 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class Prefill:
-    """A prefill unit in steps of `tokens` tokens per DP group."""
-
-    deployment: Deployment
-    tokens: int
-    steps: int
-    """That one prompt takes"""
-    step: Step
-    memory: Memory
-
-    @property
-    def ttft_ms(self) -> float:
-        """Of a prompt that need not wait."""
-        return self.steps * self.step.us / 1e3
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Prompt tokens per second and GPU."""
-        layout = self.deployment.layout
-        return self.tokens * layout.dp / layout.ep / self.step.us * 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """How requests are served from prompt to end. `prefill_share`: of all GPUs; apart only."""
-
-    decode: Decode
-    prefill: Prefill
-    apart: bool
-    tpot_ms: float
-    tokens_per_s: float
-    """New tokens per second and GPU, all GPUs counted"""
-    prefill_share: float
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A layout that cannot serve, and why."""
-
-    layout: Layout
-    phase: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """All that was found; `apart` and `together` best first."""
-
-    plan: PlanConfig
-    model: ModelConfig
-    machine: Machine
-    routes: Routes
-    constants: Constants
-    decodes: tuple[Decode, ...]
-    prefills: tuple[Prefill, ...]
-    apart: tuple[Whole, ...]
-    together: tuple[Whole, ...]
-    refused: tuple[Refused, ...]
+_Found = TypeVar("_Found", Decode, Together)
+_Unit = TypeVar("_Unit", Decode, Prefill, Together)
 
 
 class Evaluator:
@@ -120,6 +48,7 @@ class Evaluator:
         self.routes = _routes(plan, self.base, self.model)
         self._replays: dict[tuple[int, int], Replay] = {}
         self._kept: dict[tuple[int, int], Kept] = {}
+        self._prompts: dict[tuple[Layout, LockstepLimits, int], Step] = {}
 
     def replay(self, ep: int, redundant: int) -> Replay:
         """The placement of the question's policy. ConfigError where there is none of that size."""
@@ -133,10 +62,7 @@ class Evaluator:
 
     def _placement(self, ep: int, redundant: int) -> ExpertPlacement:
         if self.plan.policy != "uniform":
-            return plan_placement(
-                self.routes.loads, ep=ep, ranks_per_node=self.machine.nvlink_ranks, num_redundant=redundant,
-                policy=self.plan.policy,
-            )  # fmt: skip
+            return planned(self.plan, self.routes.loads, self.model, self.machine, ep=ep, redundant=redundant)
         shared = num_dispatched_shared(self.base, self.model)
         experts, top_k = self.model.n_routed_experts, self.model.num_experts_per_tok
         return ExpertPlacement.uniform(
@@ -144,33 +70,60 @@ class Evaluator:
             expected_load=expected_load(experts, shared, top_k=top_k),
         )  # fmt: skip
 
-    def decode(self, layout: Layout, *, beside: Prefill | None = None) -> Decode | str:
-        """The largest batch that fits and meets tpot_ms, or why none does. `beside`: the unit also prefills."""
-        plan = self.plan
-        batches = sorted(plan.batch or BATCHES)
-        tokens = min(plan.prefill_tokens, TOGETHER_TOKENS) if beside is not None else 1
-        made = {batch: self._deploy(layout, batch, max(batch, tokens)) for batch in batches}
-        count = bisect_left(batches, True, key=lambda batch: made[batch].obstacle() is not None)
-        if not count:
-            return f"{batches[0]} sequence(s): {made[batches[0]].obstacle()}"
-        tried: dict[int, Decode] = {}
+    def decode(self, layout: Layout) -> Decode | Refused:
+        """The largest batch that fits and meets tpot_ms, or why none does."""
+        made = {batch: self._deploy(layout, batch, batch) for batch in self._batches()}
 
-        def too_slow(batch: int) -> bool:
-            tried[batch] = self._decoded(made[batch], batch)
-            us = tried[batch].step.us + (0.0 if beside is None else prompt_us(plan, batch, beside))
-            return plan.tpot_ms is not None and us / 1e3 > plan.tpot_ms
+        def judge(batch: int) -> Decode | Refused:
+            found = self._decoded(made[batch], batch)
+            if (most := self.plan.tpot_ms) is None or found.tpot_ms <= most:
+                return found
+            took = f"{_sequences(batch)} a DP group take {found.tpot_ms:.4g} ms"
+            return Refused(layout, "decode", f"tpot_ms={most:g}: {took}", "tpot_ms", found.tpot_ms)
 
-        if not too_slow(batches[count - 1]):
-            return tried[batches[count - 1]]
-        count = bisect_left(batches[: count - 1], True, key=too_slow)
-        if not count:
-            slow = tried.get(batches[0]) or self._decoded(made[batches[0]], batches[0])
-            return f"tpot_ms={plan.tpot_ms:g}: {batches[0]} sequence(s) take {slow.tpot_ms:.1f} ms"
-        return tried.get(batches[count - 1]) or self._decoded(made[batches[count - 1]], batches[count - 1])
+        return largest(layout, "decode", made, judge)
+
+    def together(self, layout: Layout) -> Together | Refused:
+        """The largest batch with which one unit decodes and prefills. Its steps have room for the batch and
+        `prefill_tokens` prompt tokens beside it."""
+        tokens = min(self.plan.prefill_tokens, TOGETHER_TOKENS)
+        made = {batch: self._deploy(layout, batch, batch + tokens) for batch in self._batches()}
+        return largest(layout, "one unit", made, lambda batch: self._judged(made[batch], batch, tokens))
+
+    def _judged(self, made: Deployment, batch: int, tokens: int) -> Together | Refused:
+        plan, layout = self.plan, made.layout
+        prefill = self._prefilled(made, tokens)
+        found = Together(
+            self._decoded(made, batch), prefill, batch * plan.prompt_tokens / plan.output_tokens / tokens
+        )  # fmt: skip
+        if found.share > 1:
+            reason = (
+                f"{_sequences(batch)} need {found.share * tokens:.0f} prompt tokens a step to be replaced; a step has "
+                f"room for {tokens}"
+            )
+            return Refused(layout, "one unit", reason, "prompts", found.share * tokens)
+        if plan.tpot_ms is not None and found.tpot_ms > plan.tpot_ms:
+            parts = f"{found.decode.tpot_ms:.4g} ms and {found.tpot_ms - found.decode.tpot_ms:.4g} ms of prompts"
+            reason = f"tpot_ms={plan.tpot_ms:g}: {_sequences(batch)} a DP group take {parts} a step"
+            return Refused(layout, "one unit", reason, "tpot_ms", found.tpot_ms)
+        if plan.ttft_ms is not None and found.ttft_ms > plan.ttft_ms:
+            reason = f"ttft_ms={plan.ttft_ms:g}: beside {_sequences(batch)} a prompt takes {found.ttft_ms:.4g} ms"
+            return Refused(layout, "one unit", reason, "ttft_ms", found.ttft_ms)
+        return found
+
+    def _batches(self) -> Sequence[int]:
+        return sorted(self.plan.batch or BATCHES)
 
     def _decoded(self, made: Deployment, batch: int) -> Decode:
         kv_len = self.plan.prompt_tokens + self.plan.output_tokens / 2
         return Decode(made, batch, self._timer(made).decode(batch, kv_len), made.memory())
+
+    def _prefilled(self, made: Deployment, tokens: int) -> Prefill:
+        prompt, timer = self.plan.prompt_tokens, self._timer(made)
+        key = (made.layout, timer.limits(), tokens)
+        if key not in self._prompts:
+            self._prompts[key] = timer.prefill(tokens, prompt)
+        return Prefill(made, tokens, -(-prompt // tokens), self._prompts[key], made.memory())
 
     def _timer(self, made: Deployment) -> StepTimer:
         layout = made.layout
@@ -178,86 +131,140 @@ class Evaluator:
         kept = self._kept.setdefault((layout.ep, layout.redundant), {})
         return StepTimer(CostModel(made, self.routes, replay, kept), self.constants)
 
-    def prefill(self, layout: Layout) -> Prefill | str:
-        """Steps of up to prefill_tokens tokens, halved until they meet ttft_ms, or why none does."""
+    def prefill(self, layout: Layout) -> Prefill | Refused:
+        """Steps of up to prefill_tokens tokens, halved until they meet ttft_ms, or the nearest miss."""
         plan = self.plan
-        tokens, reason = plan.prefill_tokens, "nothing was tried"
+        tokens, missed = plan.prefill_tokens, list[Refused]()
         while tokens >= min(plan.prompt_tokens, 512, plan.prefill_tokens):
             made = self._deploy(layout, max(1, -(-tokens // plan.prompt_tokens)), tokens)
             problem = made.obstacle()
             if problem is None:
-                step = self._timer(made).prefill(tokens, plan.prompt_tokens)
-                found = Prefill(made, tokens, -(-plan.prompt_tokens // tokens), step, made.memory())
+                found = self._prefilled(made, tokens)
                 if plan.ttft_ms is None or found.ttft_ms <= plan.ttft_ms:
                     return found
-                problem = f"ttft_ms={plan.ttft_ms:g}: {tokens} tokens a step take {found.ttft_ms:.0f} ms"
-            reason, tokens = problem, tokens // 2
-        return reason
+                reason = f"ttft_ms={plan.ttft_ms:g}: {tokens} tokens a step take {found.ttft_ms:.4g} ms"
+                problem = Obstacle("ttft_ms", reason, found.ttft_ms)
+            missed.append(_refused(layout, "prefill", problem))
+            tokens //= 2
+        timed = [one for one in missed if one.rule == "ttft_ms"]
+        return min(timed, key=lambda one: one.least or 0.0) if timed else missed[-1]
+
+    def nearest_ep(self, layout: Layout) -> int | None:
+        """Twice, four times, … the ranks, until one sequence fits."""
+        ep = layout.ep * 2
+        while ep <= _MOST_RANKS:
+            wider = Layout(ep, layout.tp, layout.redundant, layout.dispatch)
+            if self._deploy(wider, self._batches()[0], self._batches()[0]).obstacle() is None:
+                return ep
+            ep *= 2
+        return None
 
     def _deploy(self, layout: Layout, batch: int, tokens: int) -> Deployment:
         return deploy(layout, self.plan, self.base, self.model, self.machine, batch=batch, batched_tokens=tokens)
 
 
-def evaluate(plan: PlanConfig, *, on_layout: Callable[[Layout], None] = lambda _: None) -> Answer:
+def largest(
+    layout: Layout, phase: Phase, made: Mapping[int, Deployment], judge: Callable[[int], _Found | Refused]
+) -> _Found | Refused:
+    """The largest batch that fits in memory and that `judge` lets pass, or why the smallest does not."""
+    batches = sorted(made)
+    count = bisect_left(batches, True, key=lambda batch: made[batch].obstacle() is not None)
+    if not count:
+        problem = made[batches[0]].obstacle()
+        assert problem is not None, "the smallest batch has an obstacle"
+        least = Obstacle(problem.rule, f"{_sequences(batches[0])} a DP group: {problem.reason}", problem.least)
+        return _refused(layout, phase, least)
+    tried: dict[int, _Found | Refused] = {}
+
+    def fails(batch: int) -> bool:
+        tried[batch] = judge(batch)
+        return isinstance(tried[batch], Refused)
+
+    # A step of another shape may be shorter than one of fewer sequences; within a shape more take longer.
+    shapes = [list(own) for _, own in groupby(batches[:count], key=lambda batch: decode_shape(made[batch], batch))]
+    for own in reversed(shapes):
+        if fails(own[0]):
+            continue
+        best = own[-1] if len(own) == 1 or not fails(own[-1]) else own[bisect_left(own, True, key=fails) - 1]
+        return tried[best] if best in tried else judge(best)
+    return tried[batches[0]]
+
+
+def _refused(layout: Layout, phase: Phase, problem: Obstacle) -> Refused:
+    return Refused(layout, phase, problem.reason, problem.rule, problem.least)
+
+
+def _sequences(batch: int) -> str:
+    return f"{batch} sequence{'s' if batch > 1 else ''}"
+
+
+def evaluate(evaluator: Evaluator, *, on_layout: Callable[[Layout], None] = lambda _: None) -> Answer:
     """All layouts of the question. ConfigError and TraceError for a question that has none."""
-    evaluator = Evaluator(plan)
+    plan = evaluator.plan
     decodes: list[Decode] = []
     prefills: list[Prefill] = []
+    together: list[Together] = []
     refused: list[Refused] = []
-    for layout, problem in dict(layouts(plan, evaluator.model)).items():
+    for layout, problem in dict(layouts(plan, evaluator.model, num_logical=evaluator.routes.num_logical)).items():
         on_layout(layout)
-        for phase, one in (("decode", evaluator.decode), ("prefill", evaluator.prefill)):
-            try:
-                found = one(layout) if problem is None else problem
-            except ConfigError as error:
-                found = str(error)
+        for found in _units(evaluator, layout, problem):
             match found:
                 case Decode():
                     decodes.append(found)
                 case Prefill():
                     prefills.append(found)
-                case str():
-                    refused.append(Refused(layout, phase, found))
+                case Together():
+                    together.append(found)
+                case Refused():
+                    refused.append(found)
     decodes.sort(key=lambda one: -one.tokens_per_s)
     prefills.sort(key=lambda one: -one.tokens_per_s)
-    apart = sorted(_apart(plan, decodes, prefills), key=lambda whole: -whole.tokens_per_s)
-    together = sorted(_together(evaluator, prefills), key=lambda whole: -whole.tokens_per_s)
+    together.sort(key=lambda one: -one.tokens_per_s)
+    apart = sorted(_apart(plan, decodes, prefills), key=lambda one: -one.tokens_per_s)
+    full = [one.layout for one in refused if one.rule == "memory" and one.phase == "decode"]
     return Answer(
         plan, evaluator.model, evaluator.machine, evaluator.routes, evaluator.constants, tuple(decodes),
         tuple(prefills), tuple(apart), tuple(together), tuple(refused),
+        evaluator.nearest_ep(max(full, key=lambda one: one.ep)) if full and not decodes else None,
     )  # fmt: skip
 
 
-def _apart(plan: PlanConfig, decodes: Sequence[Decode], prefills: Sequence[Prefill]) -> Iterator[Whole]:
-    """Each decode unit with as many GPUs of the best prefill unit as keep up with it."""
+def _units(
+    evaluator: Evaluator, layout: Layout, problem: Obstacle | None
+) -> Iterator[Decode | Prefill | Together | Refused]:
+    if problem is not None:
+        yield from [_refused(layout, phase, problem) for phase in PHASES]
+        return
+    decode = _tried(evaluator.decode, layout, "decode")
+    yield decode
+    yield _tried(evaluator.prefill, layout, "prefill")
+    if isinstance(decode, Refused):  # what cannot decode cannot do both
+        yield replace(decode, phase="one unit")
+    else:
+        yield _tried(evaluator.together, layout, "one unit")
+
+
+def _tried(one: Callable[[Layout], _Unit | Refused], layout: Layout, phase: Phase) -> _Unit | Refused:
+    try:
+        return one(layout)
+    except ConfigError as error:
+        return Refused(layout, phase, str(error), "configuration")
+
+
+def _apart(plan: PlanConfig, decodes: Sequence[Decode], prefills: Sequence[Prefill]) -> Iterator[Apart]:
+    """Each decode unit with as many of the best prefill units as keep up with it."""
     if not prefills:
         return
     best = prefills[0]
     for decode in decodes:
-        needed = decode.tokens_per_s / plan.output_tokens * plan.prompt_tokens / best.tokens_per_s
-        share = needed / (1 + needed)
-        yield Whole(decode, best, True, decode.tpot_ms, decode.tokens_per_s * (1 - share), share)
-
-
-def _together(evaluator: Evaluator, prefills: Sequence[Prefill]) -> Iterator[Whole]:
-    """One unit for both: while a batch decodes one token, prompts take the time of the requests that replace it."""
-    for prefill in prefills:
-        layout = prefill.deployment.layout
-        decode = evaluator.decode(layout, beside=prefill)
-        if isinstance(decode, Decode):
-            us = decode.step.us + prompt_us(evaluator.plan, decode.batch, prefill)
-            rate = decode.batch * layout.dp / layout.ep / us * 1e6
-            yield Whole(decode, prefill, False, us / 1e3, rate, 0.0)
-
-
-def prompt_us(plan: PlanConfig, batch: int, prefill: Prefill) -> float:
-    """What prompts take of each decode step where `batch` requests of a group are always under way."""
-    return batch * plan.prompt_tokens / plan.output_tokens / prefill.tokens * prefill.step.us
+        prompts = decode.tokens_per_s / plan.output_tokens * plan.prompt_tokens * decode.deployment.layout.ep
+        yield Apart(decode, best, prompts / best.tokens_per_s / best.deployment.layout.ep)
 
 
 def _routes(plan: PlanConfig, base: RuntimeConfig, model: ModelConfig) -> Routes:
     shared = num_dispatched_shared(base, model)
     if plan.trace is not None:
-        return recorded(plan.trace, model, num_layers=plan.layers, num_shared=shared)
+        name = None if plan.fine_tune else Path(base.model).name or Path(base.model).resolve().name
+        return recorded(plan.trace, model, name=name, num_layers=plan.layers, num_shared=shared)
     layers = min(plan.layers, len(model.moe_layers))
     return drawn(model, skew=plan.skew, num_layers=layers, seed=plan.seed, num_shared=shared)

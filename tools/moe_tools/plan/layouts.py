@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Final, cast
+from typing import Final, Literal, cast
 
 from moe_models.base import ModelConfig
 
-from moe_runtime.config import DispatchName, RuntimeConfig
+from moe_runtime.config import DispatchName, EngineConfig, RuntimeConfig
 from moe_runtime.dispatch.factory import buffer_bytes
-from moe_runtime.errors import ConfigError
+from moe_runtime.errors import ConfigError, nearest_divisor
 from moe_runtime.launch.compose import compose
 from moe_runtime.launch.conflicts import conflicts
 from moe_runtime.launch.graphs import graph_bytes, graphs_mode
@@ -28,11 +28,25 @@ from moe_runtime.launch.sizing import (
     weight_bytes,
 )
 from moe_runtime.parallel.mesh import ProcessMesh
+from moe_runtime.parallel.placement import num_physical_experts
 from moe_tools.plan.hardware import Machine
 from moe_tools.plan.settings import PlanConfig
 
 USABLE: Final = 0.92
 """Of a GPU's memory: the rest is left to CUDA's context, NCCL and what a step allocates on its way."""
+_TWO_BATCH_DECODE_TOKENS: Final = EngineConfig().two_batch_decode_tokens
+"""The launch's own, which no command need name"""
+Rule = Literal["layout", "configuration", "memory", "prompts", "tpot_ms", "ttft_ms"]
+"""What a layout breaks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why a layout cannot serve. `least`: what `rule` would have to allow (bytes, ms), where that helps."""
+
+    rule: Rule
+    reason: str
+    least: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +126,18 @@ class Deployment:
             other=rotary_bytes(config.engine, model) + (graph_bytes(config, model, sizes) if sizes else 0),
         )
 
-    def obstacle(self) -> str | None:
+    def obstacle(self) -> Obstacle | None:
         """Why it cannot run on this machine, or None."""
         try:
             problem = next(conflicts(self.config, self.model, has_weights=False), None)
             if problem is not None:
-                return str(problem)
+                return Obstacle("configuration", str(problem))
             need, room = self.memory().total, int(USABLE * self.machine.memory_bytes)
         except ConfigError as error:
-            return str(error)
-        return f"needs {need / 1e9:.1f} GB of {room / 1e9:.1f} usable" if need > room else None
+            return Obstacle("configuration", str(error))
+        if need <= room:
+            return None
+        return Obstacle("memory", f"needs {need / 1e9:.4g} GB of {room / 1e9:.4g} usable", need)
 
     def words(self, *, placement_file: str | None = None) -> tuple[str, ...]:
         """The launch's own words for it."""
@@ -144,6 +160,10 @@ class Deployment:
         ]
         if engine.kv_cache_dtype != "auto":
             words.append(f"engine.kv_cache_dtype={engine.kv_cache_dtype}")
+        if engine.dispatch_buffer_bytes is not None:
+            words.append(f"engine.dispatch_buffer_bytes={engine.dispatch_buffer_bytes}")
+        if engine.two_batch_decode_tokens != _TWO_BATCH_DECODE_TOKENS:
+            words.append(f"engine.two_batch_decode_tokens={engine.two_batch_decode_tokens}")
         if config.ranks_per_node != self.machine.host_ranks:
             words.append(f"ranks_per_node={config.ranks_per_node}")
         return tuple(words)
@@ -166,8 +186,11 @@ def base_config(plan: PlanConfig, machine: Machine) -> tuple[RuntimeConfig, Mode
         f"shared_experts={plan.shared_experts}",
         f"placement.replica_choice={plan.replica_choice}",
         f"engine.kv_cache_dtype={plan.kv_cache_dtype}",
+        f"engine.dispatch_buffer_bytes={plan.dispatch_buffer_bytes or 'null'}",
         f"ranks_per_node={machine.nvlink_ranks}",
     ]
+    if plan.two_batch_decode_tokens is not None:
+        words.append(f"engine.two_batch_decode_tokens={plan.two_batch_decode_tokens}")
     composed = compose(words, report=lambda _: None)
     if not composed.model.moe_layers:
         raise ConfigError(f"model={plan.model}: has no layers with experts. Give an MoE model.")
@@ -212,21 +235,23 @@ def deploy(
     return Deployment(layout, replace(config, engine=engine), model, machine)
 
 
-def layouts(plan: PlanConfig, model: ModelConfig) -> Iterator[tuple[Layout, str | None]]:
-    """Every combination, with the reason where its mesh is none."""
+def layouts(plan: PlanConfig, model: ModelConfig, *, num_logical: int) -> Iterator[tuple[Layout, Obstacle | None]]:
+    """Every combination, with the reason where its mesh is none. `redundant` is what the slots then hold: all ranks
+    have equally many, so 256 experts on 72 ranks have 32 copies whether asked for or not."""
     for ep in plan.ep:
         for tp in plan.tp:
             for redundant in plan.redundant:
                 for dispatch in plan.dispatch:
                     if dispatch != "local" and ep == 1:
                         dispatch = "local"
-                    layout = Layout(ep, tp, redundant, dispatch)
+                    slots = num_physical_experts(num_logical, ep=ep, num_redundant=redundant)
+                    layout = Layout(ep, tp, slots - num_logical, dispatch)
                     yield layout, _mesh_problem(layout, model)
 
 
-def _mesh_problem(layout: Layout, model: ModelConfig) -> str | None:
-    if layout.ep % layout.tp:
-        return f"tp={layout.tp} does not divide ep={layout.ep}"
-    if model.num_heads % layout.tp:
-        return f"tp={layout.tp} does not divide the model's {model.num_heads} heads"
+def _mesh_problem(layout: Layout, model: ModelConfig) -> Obstacle | None:
+    for name, whole in ((f"ep={layout.ep}", layout.ep), (f"the model's {model.num_heads} heads", model.num_heads)):
+        if whole % layout.tp:
+            near = nearest_divisor(layout.tp, whole)
+            return Obstacle("layout", f"tp={layout.tp} does not divide {name}. Nearest: tp={near}")
     return None

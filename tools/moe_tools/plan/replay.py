@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
 
+from moe_runtime.balance.replay import distinct, replay
 from moe_runtime.balance.trace import Trace
 from moe_runtime.parallel.placement import ExpertPlacement
 from moe_runtime.parallel.replicas import ReplicaChoice, ReplicaSelector
@@ -30,7 +30,6 @@ class Counts:
     """[S, S] int64: tokens of which a rank receives at least one assignment"""
     node_copies: Tensor
     """[S, M] int64: the same for nodes"""
-    num_tokens: int
 
     @property
     def rows(self) -> Tensor:
@@ -91,37 +90,12 @@ class Replay:
         return Counts(
             slot_rows=by_slot,
             copies=pairs.view(ranks, ranks + 1)[:, :ranks].contiguous(),
-            rank_copies=_distinct(home, serving, ranks, ranks),
-            node_copies=_distinct(home, node, ranks, nodes),
-            num_tokens=slots.shape[0],
+            rank_copies=distinct(home, serving, ranks, ranks),
+            node_copies=distinct(home, node, ranks, nodes),
         )
-
-
-def _distinct(home: Tensor, target: Tensor, ranks: int, targets: int) -> Tensor:
-    """[ranks, targets] int64: tokens of each home with at least one assignment to each target."""
-    ordered = target.sort(dim=1).values
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    index = (home * (targets + 1) + ordered)[first]
-    return torch.bincount(index, minlength=ranks * (targets + 1)).view(ranks, targets + 1)[:, :targets].contiguous()
 
 
 def replay_trace(trace: Trace, placement: ExpertPlacement, *, choice: str = "static") -> Tensor:
     """[W, L, S] int64: rows that each rank receives of every window's tokens, under `placement`, each token from the
-    rank on which it was recorded.
-
-    Equal to `trace.rank_loads` under the placement and the choice of the recording: for `static` and `nearest`, which
-    depend on nothing but the rank, and for the others where each step was one dispatch.
-    """
-    replay = Replay.of(placement, choice=choice, ranks_per_node=trace.header.ranks_per_node)
-    together = torch.zeros_like(trace.step) if choice in _BY_RANK_ALONE else trace.step
-    rows = torch.zeros(trace.num_windows, placement.num_layers, placement.ep, dtype=torch.int64)
-    for window, step in sorted(set(zip(trace.window.tolist(), together.tolist(), strict=True))):
-        mine = (trace.window == window) & (together == step)
-        batches = [trace.routes[mine & (trace.home == rank)].long() for rank in range(placement.ep)]
-        for layer in range(placement.num_layers):
-            rows[window, layer] += replay.count(layer, [own[:, layer] for own in batches]).rows
-    return rows
-
-
-_BY_RANK_ALONE: Final = ("static", "nearest")
+    rank on which it was recorded. Equal to `trace.rank_loads` under the placement and the choice of the recording."""
+    return replay(trace, placement, choice=choice).rank_loads

@@ -26,6 +26,8 @@ SEEN: Final = 8192
 """Tokens per layer that a planner sees of drawn routes."""
 STEEPNESS: Final = 0.25
 """Logits are small, so that the gate's sigmoid keeps their differences."""
+SHIFT: Final = 4.0
+"""Taken from all logits before, so that no sigmoid saturates."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,10 +72,11 @@ def drawn(model: ModelConfig, *, skew: float, num_layers: int, seed: int, num_sh
     for _ in range(num_layers):
         popularity = fall[torch.randperm(experts, generator=generator)]
         noise = -torch.log(-torch.log(torch.rand(POOL + SEEN, experts, generator=generator).clamp(1e-9, 1 - 1e-7)))
-        chosen, _ = gate((popularity + noise - 4.0) * STEEPNESS, rule=rule)
+        chosen, _ = gate((popularity + noise - SHIFT) * STEEPNESS, rule=rule)
         ids.append(_with_shared(chosen[:POOL], experts, num_shared))
         seen.append(_count(_with_shared(chosen[POOL:], experts, num_shared), experts + num_shared))
-    text = f"drawn: top-{top_k} of {experts} experts, popularity 1/rank^{skew:g}, {num_layers} layers"
+    count = f"{num_layers} layer{'s' if num_layers > 1 else ''}"
+    text = f"drawn: top-{top_k} of {experts} experts, popularity 1/rank^{skew:g}, {count}"
     return Routes(torch.stack(ids), torch.stack(seen).unsqueeze(0), tuple(range(num_layers)), text)
 
 
@@ -98,21 +101,35 @@ def even(model: ModelConfig, *, num_layers: int = 1, num_shared: int = 0) -> Rou
     return Routes(table, loads, tuple(range(num_layers)), "even: all experts alike", ordered=True)
 
 
-def recorded(folder: str | Path, model: ModelConfig, *, num_layers: int, num_shared: int = 0) -> Routes:
-    """Routes of a per_token trace of this model, in up to `num_layers` layers spread over its depth.
+def recorded(
+    folder: str | Path, model: ModelConfig, *, name: str | None, num_layers: int, num_shared: int = 0
+) -> Routes:
+    """Routes of a per_token trace of this model, in up to `num_layers` layers spread over its depth. `name`: what a
+    recording calls the model; None lets a fine-tune of the same shape pass.
 
-    TraceError where the trace is of another model or holds no routes.
+    TraceError where the trace is of another model (layers, experts, top_k, name) or holds no routes.
     """
     trace = read_trace(folder)
-    trace.check_model(num_layers=len(model.moe_layers), num_logical=model.n_routed_experts + num_shared)
+    header = trace.header
+    trace.check_model(
+        num_layers=len(model.moe_layers),
+        num_logical=model.n_routed_experts + num_shared,
+        top_k=model.num_experts_per_tok + num_shared,
+    )
+    if name is not None and header.model and header.model != name:
+        raise TraceError(
+            f"trace={folder}: is of model {header.model!r}, and this is {name!r}. Record a trace of this model, or, if "
+            f"one is a fine-tune of the other, say so: fine_tune=true."
+        )
     if not trace.routes.shape[0]:
         raise TraceError(
-            f"trace={folder}: was recorded as {trace.header.mode} and holds no routes of tokens; the planner replays "
+            f"trace={folder}: was recorded as {header.mode} and holds no routes of tokens; the planner replays "
             "them. Record with balance.record=per_token."
         )
-    count = min(num_layers, trace.header.num_layers)
-    layers = tuple([index * trace.header.num_layers // count for index in range(count)])
-    return from_trace(trace, layers, source=f"trace {folder}: {trace.routes.shape[0]} tokens")
+    count = min(num_layers, header.num_layers)
+    layers = tuple([index * header.num_layers // count for index in range(count)])
+    source = f"trace {folder} of {header.model or 'a model without a name'}: {trace.routes.shape[0]} tokens"
+    return from_trace(trace, layers, source=source)
 
 
 def from_trace(trace: Trace, layers: tuple[int, ...], *, source: str) -> Routes:

@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Literal, cast
 
 from moe_runtime.errors import ConfigError, nearest
-from moe_runtime.schema import Key, keys_of, read_tree, setting
+from moe_runtime.schema import Key, keys_of, read_tree, setting, shown
 from moe_tools.plan.hardware import hardware_names
 
 Policy = Literal["best", "eplb", "uniform"]
-DEFAULT_SKEW: Final = 0.7
-"""Gives what TensorRT-LLM measured of R1 at EP32: busiest rank 2.6 times the mean, busiest expert 12 times."""
+DEFAULT_SKEW: Final = 0.63
+"""The least squares of four published figures of R1's imbalance (`sensitivity.SKEW_FIGURES`; a test holds it there)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class PlanConfig:
                          verbatim=True)  # fmt: skip
     hardware: str = setting("h200", "an entry of configs/hardware, or a JSON file of its form", verbatim=True)
     trace: str | None = setting(None, "per_token trace whose routes are replayed; null: drawn by skew", verbatim=True)
+    fine_tune: bool = setting(False, "the trace may be of a model of another name: one is a fine-tune of the other")
     skew: float = setting(
         DEFAULT_SKEW, "experts' popularity falls as 1/rank^skew; 0: even. The default fits published R1 loads",
         minimum=0.0, maximum=3.0,
@@ -38,20 +40,33 @@ class PlanConfig:
     redundant: tuple[int, ...] = setting((0, 32), "redundant expert slots of a unit")
     dispatch: tuple[str, ...] = setting(("deep_ep", "all_to_all", "all_gather"), "dispatch backends")
     batch: tuple[int, ...] = setting((), "sequences of a DP group in decode; []: the most that meet tpot_ms and fit")
-    prefill_tokens: int = setting(16384, "most prompt tokens of one step and DP group", minimum=1)
+    prefill_tokens: int = setting(
+        16384, "most prompt tokens of one step and DP group; one unit for both takes at most 2048", minimum=1
+    )
     policy: Policy = setting("best", "who places the experts by their loads")
+    groups: bool = setting(
+        True, "expert groups stay on one node where they can, as live rebalancing places them; false: ranks are alike"
+    )
     replica_choice: Literal["static", "round_robin", "nearest", "waterfill"] = setting(
         "static", "which copy a token goes to"
     )
     shared_experts: Literal["replicated", "dispatched"] = setting("replicated", "as in a run")
     kv_cache_dtype: Literal["auto", "fp8"] = setting("auto", "as engine.kv_cache_dtype")
+    dispatch_buffer_bytes: int | None = setting(
+        None, "as engine.dispatch_buffer_bytes; a larger buffer takes a step's tokens in fewer dispatches", minimum=1,
+        size_in_bytes=True,
+    )  # fmt: skip
+    two_batch_decode_tokens: int | None = setting(
+        None, "as engine.two_batch_decode_tokens: from so many rows on decode steps are cut in two, which overlap",
+        minimum=2,
+    )  # fmt: skip
     layers: int = setting(3, "layers whose routes are replayed; others are taken to be like them", minimum=1)
     seed: int = setting(0, "of drawn routes", minimum=0)
     top: int = setting(10, "rows of each table", minimum=1)
     json: str | None = setting(None, "file for everything as JSON", verbatim=True)
     html: str | None = setting(None, "file for one self-contained page", verbatim=True)
     placement: str | None = setting(
-        None, "file for the fastest unit's placement, planned from the trace's loads in all layers", verbatim=True
+        None, "file for the fastest units' placements, planned from the trace's loads in all layers", verbatim=True
     )
     validate: bool = setting(False, "instead of planning: published runs beside what the planner says of them")
 
@@ -68,13 +83,20 @@ class PlanConfig:
                 f"placement={self.placement}: is planned from measured loads, with trace={self.trace or 'null'} and "
                 f"policy={self.policy}. Give trace=DIR and policy=best, or leave placement out."
             )
+        if self.fine_tune and self.trace is None:
+            raise ConfigError("fine_tune=true: says something of a trace. Add trace=DIR, or leave fine_tune out.")
         if self.trace is not None and self.skew != DEFAULT_SKEW:
             raise ConfigError(
                 f"trace={self.trace}, skew={self.skew:g}: a trace has its own skew. Leave one of them out."
             )
 
 
-_EXAMPLES: Final = {"ep": "[8,32]", "tp": "1", "dispatch": "deep_ep"}
+_EXAMPLES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "ep": "[8,32]", "tp": "1", "dispatch": "deep_ep", "trace": "runs/expert_load", "json": "plan.json",
+        "html": "plan.html", "placement": "placement.json", "ttft_ms": "2000", "batch": "[64,128]",
+    }
+)  # fmt: skip
 
 
 def parse_words(words: Sequence[str]) -> PlanConfig:
@@ -101,6 +123,10 @@ def parse_words(words: Sequence[str]) -> PlanConfig:
 
 
 def _value(key: Key, text: str) -> object:
+    if not text:
+        raise ConfigError(
+            f"{key.name}=: has no value. Write {key.name}={_EXAMPLES.get(key.name) or shown(key.default)}."
+        )
     if text == "null":
         return None
     if key.verbatim:
@@ -120,23 +146,24 @@ def _plain(text: str) -> object:
 
 def help_text() -> str:
     """Every key, its default and its meaning."""
+    from moe_runtime.dispatch.factory import BACKENDS
+    from moe_runtime.launch.data import data_path
+
     rows: Mapping[str, str] = {
-        f"{key.name}={_shown(key.default)}": key.help + (f" ({', '.join(key.choices)})" if key.choices else "")
+        f"{key.name}={shown(key.default)}": key.help + (f" ({', '.join(key.choices)})" if key.choices else "")
         for key in keys_of(PlanConfig)
     }
     width = max(map(len, rows))
-    lines = [f"  {name:<{width}}  {text}" for name, text in rows.items()]
     return "\n".join(
         [
             "python -m moe_tools.plan [key=value …]     which layout, before there is a cluster",
-            f"hardware entries: {', '.join(hardware_names())}",
             "",
-            *lines,
+            f"model    {', '.join(sorted(path.stem for path in data_path('configs', 'shapes').glob('*.json')))}, demo",
+            f"hardware {', '.join(hardware_names())}",
+            f"dispatch {', '.join(BACKENDS)}",
+            "",
+            *[f"  {name:<{width}}  {text}" for name, text in rows.items()],
+            "",
+            "lists are written ep=8,32 or ep=[8,32]; the last word of a key counts",
         ]
     )
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, tuple):
-        return "[" + ",".join(map(str, value)) + "]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -6,8 +6,10 @@ beside one with the mean load. Layers that are not replayed are taken to be like
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Final
 
 import numpy as np
 
@@ -15,8 +17,13 @@ from moe_runtime.dispatch.overlap import Stage, Stages, interleave
 from moe_runtime.dispatch.timeline import Costs, Summary, Timeline, Turn, simulate, summarize
 from moe_runtime.engine.lockstep import AgreedStep, LockstepLimits, Wish, agree, cut_rows
 from moe_runtime.launch.graphs import lockstep_limits
+from moe_tools.bench.floor import Hardware
 from moe_tools.plan.costs import CostModel, LayerCosts
+from moe_tools.plan.hardware import Machine
 from moe_tools.plan.layouts import Deployment
+
+MOST_HIDDEN: Final = 0.5
+"""Of a layer's attention, that a negative gap takes away at most: assumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,7 @@ class Step:
     network_bytes: float
     """Mean of the ranks"""
     bounds: Mapping[str, str]
-    """What each term waits for"""
+    """What each term waits for: bytes, arithmetic, a link, or the starts of its kernels"""
 
     @property
     def bound(self) -> str:
@@ -111,8 +118,22 @@ class StepTimer:
             summary=_stretched(summarize(timeline), stretch),
             imbalance=float(np.mean([layer.imbalance for layer in shape.layers])),
             network_bytes=moved * layers * count,
-            bounds=self.costs.bounds(shape.rows[0], shape.layers[0], decode=decode, length=length),
+            bounds=self._bounds(shape, decode=decode, length=length),
         )
+
+    def _bounds(self, shape: _Shape, *, decode: bool, length: float) -> dict[str, str]:
+        """What holds each term. "starts": what an infinitely fast machine would take is more than half of it."""
+        found = self.costs.bounds(shape.rows[0], shape.layers[0], decode=decode, length=length)
+        instant = CostModel(
+            replace(self.deployment, machine=_instant(self.deployment.machine)), self.costs.routes, self.costs.replay,
+            self.costs.kept,
+        )  # fmt: skip
+        (starts, _), layer = instant.micro_batch(shape.rows[0], shape.agreed, decode=decode, length=length)
+        layers, chunks = len(self.deployment.model.moe_layers), shape.agreed.num_chunks
+        fixed, whole = (_terms([own], layers, chunks) for own in (starts, shape.costs[0][0]))
+        fixed["transfers"] = layer.dispatch.us + layer.combine.us
+        whole["transfers"] = shape.layers[0].dispatch.us + shape.layers[0].combine.us
+        return found | {name: "starts" for name, us in whole.items() if us and fixed[name] > us / 2}
 
     def _shape(self, tokens: int, *, decode: bool, length: float, limits: LockstepLimits) -> _Shape:
         """What the lockstep makes of equal wishes, and its costs before any constant; kept."""
@@ -120,8 +141,7 @@ class StepTimer:
         if key in self._shapes:
             return self._shapes[key]
         layout = self.deployment.layout
-        wish = Wish(num_tokens=tokens, num_decode_tokens=tokens if decode else 0, outstanding=tokens)
-        agreed = agree([wish] * layout.dp, limits=limits)
+        agreed = _agree(layout.dp, tokens, decode=decode, limits=limits)
         padded = max(agreed.padded_tokens)
         cut = cut_rows(padded, agreed.num_micro_batches, tp=layout.tp)
         rows = [max(1, round(part * tokens / padded)) for part in cut]
@@ -161,9 +181,27 @@ class StepTimer:
         return simulate([log for _ in who], costs, num_chunks=chunks)
 
 
+def decode_shape(deployment: Deployment, batch: int) -> tuple[int, int, bool]:
+    """Micro-batches, dispatches of each, and whether it is captured: what the lockstep makes of a decode step."""
+    limits = lockstep_limits(deployment.config, deployment.model, graphs=True)
+    agreed = _agree(deployment.layout.dp, batch, decode=True, limits=limits)
+    return agreed.num_micro_batches, agreed.num_chunks, agreed.graph
+
+
+def _agree(groups: int, tokens: int, *, decode: bool, limits: LockstepLimits) -> AgreedStep:
+    wish = Wish(num_tokens=tokens, num_decode_tokens=tokens if decode else 0, outstanding=tokens)
+    return agree([wish] * groups, limits=limits)
+
+
+def _instant(machine: Machine) -> Machine:
+    """`machine` with endless rates: of each table only the fixed part is left."""
+    rates = Hardware(machine.rates.name, *[math.inf] * (len(fields(Hardware)) - 1))
+    return replace(machine, key=f"{machine.key}, instant", rates=rates, kernels={}, wire={})
+
+
 def _least(gap_us: float, attention_us: float) -> float:
-    """What is hidden is at most half of a layer's attention: small models have little to hide."""
-    return max(gap_us, -attention_us / 2)
+    """What is hidden is at most a share of a layer's attention: small models have little to hide."""
+    return max(gap_us, -MOST_HIDDEN * attention_us)
 
 
 def _terms(costs: Sequence[Costs], layers: int, chunks: int) -> dict[str, float]:

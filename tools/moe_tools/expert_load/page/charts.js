@@ -62,14 +62,13 @@ function byLayer(chosen) {
   const chart = frame("by-layer", 0, 1, UNITS, "Balancedness of each layer, for each placement");
   const place = (layer) => chart.x((layer + 0.5) / data.layers);
   for (let layer = 0; layer < data.layers; layer += 1) {
-    const values = data.placements.map((own) => own.balance[layer]).filter((value) => value !== null);
-    if (!values.length) continue;
+    const values = data.placements.map((own) => own.balance[layer]);
     const [low, high] = [Math.min(...values), Math.max(...values)];
     const x = place(layer), faint = chosen === null || chosen === layer ? 1 : 0.25;
     const group = make("g", { opacity: faint });
     group.append(make("line", { class: "grid", x1: x, x2: x, y1: chart.y(low), y2: chart.y(high) }));
     for (const own of data.placements) {
-      if (own.balance[layer] !== null) group.append(mark(own.key, x, chart.y(own.balance[layer]), data.layers > 32 ? 3.6 : 5.5));
+      group.append(mark(own.key, x, chart.y(own.balance[layer]), data.layers > 32 ? 3.6 : 5.5));
     }
     chart.svg.append(group);
   }
@@ -83,7 +82,7 @@ function overTime(chosen) {
   const time = data.time, count = time.first.length;
   const chart = frame("over-time", 0, 1, UNITS, "Balancedness over time, for each placement");
   const place = (i) => chart.x((i + 0.5) / count);
-  const most = Math.max(1, ...time.tokens);
+  const most = largest(time.tokens, 1);
   time.tokens.forEach((tokens, i) => {
     const top = chart.y((0.22 * tokens) / most), wide = Math.min(46, Math.max(1, (FRAME.width * 0.6) / count));
     chart.svg.append(make("rect", { x: place(i) - wide / 2, width: wide, y: top, height: chart.y(0) - top, style: "fill:var(--track)" }));

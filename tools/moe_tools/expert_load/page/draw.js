@@ -20,6 +20,12 @@ function bytes(value) {
   while (value >= 1024 && unit < units.length - 1) { value /= 1024; unit += 1; }
   return `${value >= 100 || unit === 0 ? Math.round(value) : value.toFixed(1)} ${units[unit]}`;
 }
+// Not Math.max(...values): that passes each value as an argument, and browsers take 65,536 at most.
+function largest(values, least) {
+  let most = least;
+  for (const value of values) if (value > most) most = value;
+  return most;
+}
 const plural = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
 
 function make(tag, attributes = {}, ...children) {

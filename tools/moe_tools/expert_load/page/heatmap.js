@@ -1,12 +1,13 @@
 // A heat map on a canvas, for the mouse and the arrow keys. Values are read by function, so nothing is copied.
-// options: id, rows, columns, value(row, column), most, say(row, column), title, scale: [low, high], square
+// options: id, rows, columns, value(row, column), most, say(row, column), title, scale: [low, high], caption: nodes, square
 function heatmap(options) {
   const { rows, columns } = options;
   const canvas = make("canvas", { tabindex: "0", role: "img", "aria-label": `${options.title} Move with the arrow keys.` });
   const said = make("span", { "aria-live": "polite" }, options.hint || "");
   const legend = make("canvas", { width: "132", height: "10", "aria-hidden": "true" });
   const scale = make("span", { class: "scale" }, options.scale[0], legend, options.scale[1]);
-  const box = make("div", { class: "map" }, canvas, make("div", { class: "foot" }, said, scale));
+  const caption = options.caption ? make("div", { class: "caption" }, ...options.caption) : null;
+  const box = make("div", { class: "map" }, caption, canvas, make("div", { class: "foot" }, said, scale));
   byId(options.id).replaceChildren(box);
   const left = options.square ? 0 : 58, below = options.square ? 0 : 22;
   let at = null;
@@ -51,7 +52,7 @@ function heatmap(options) {
   function labels(pen, width, each, height) {
     const every = Math.ceil(16 / each);
     pen.textBaseline = "middle";
-    for (let row = 0; row < rows; row += every) pen.fillText(`layer ${row}`, 0, (row + 0.5) * each - 0.5);
+    for (let row = 0; row < rows; row += every) pen.fillText(`layer ${row}`, 0, Math.max(7, (row + 0.5) * each - 0.5)); // 7: half of a line
     if (options.ticks === false) return;
     const step = [1, 2, 4, 8, 16, 32, 64, 128].find((n) => (n * width) / columns >= 34) || 128;
     pen.textBaseline = "top";

@@ -19,6 +19,7 @@ function head() {
     ["Experts", `${data.routed}${shared}, ${data.top_k} per token`], ["MoE layers", number(data.layers)],
     ["Tokens", number(data.tokens)], ["Steps", `${number(data.steps)} in ${plural(data.windows, "window")}`], ["Recorded", `${data.created.slice(0, 10)} (${data.mode})`],
   ];
+  if (data.changes) facts.push(["Moved while it ran", plural(data.changes, "layer")]);
   fill("run", ...facts.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
   fill("cards", ...data.placements.map((own) => make("div", { class: "card" },
     make("h3", {}, key(own.key), own.name, make("small", {}, KINDS[own.kind])),
@@ -37,7 +38,7 @@ function switches() {
   byId("layer").addEventListener("change", (event) => { chosen.layer = event.target.value === "" ? null : Number(event.target.value); layerParts(); });
   byId("sorted").addEventListener("change", (event) => { chosen.sorted = event.target.checked; expertMap(); });
   radios("placement", data.placements.map((own) => [own.key, own.name]), rankMap);
-  radios("level", [["ranks", "Ranks"], ["nodes", "Nodes"]], trafficMap);
+  radios("level", [["ranks", "Between ranks"], ["nodes", "Between nodes"]], trafficMaps);
 }
 function radios(name, choices, redraw) {
   for (const [value, text] of choices) {
@@ -52,8 +53,7 @@ function expertMap() {
   const values = data.expert_load.map(relative);
   const order = values.map((row) => row.map((_, i) => i));
   if (chosen.sorted) order.forEach((row, layer) => row.sort((a, b) => values[layer][b] - values[layer][a] || a - b));
-  const routed = values.flatMap((row) => row.slice(0, data.routed));
-  const most = Math.max(1, ...routed);
+  const most = largest(values.flatMap((row) => row.slice(0, data.routed)), 1);
   heatmap({
     id: "expert-map", rows: data.layers, columns: data.experts, most, ticks: !chosen.sorted, scale: ["0", times(most)],
     value: (layer, i) => values[layer][order[layer][i]],
@@ -64,7 +64,7 @@ function expertMap() {
 }
 function rankMap() {
   const own = placementOf(chosen.placement), values = own.rank_load.map(relative);
-  const most = Math.max(1, ...data.placements.flatMap((other) => other.rank_load.flatMap(relative)));
+  const most = largest(data.placements.flatMap((other) => other.rank_load.flatMap(relative)), 1);
   heatmap({
     id: "rank-map", rows: data.layers, columns: own.rank_load[0].length, most, scale: ["0", times(most)],
     value: (layer, rank) => values[layer][rank],
@@ -102,36 +102,48 @@ function together() {
     say: (a, b) => (a === b ? `Expert ${found.experts[a]}: ${plural(found.together[a][a], "token")}` : `Experts ${found.experts[a]} and ${found.experts[b]}: ${plural(found.together[a][b], "token")}, lift ${times(lift(a, b))}`),
     title: `The ${n} busiest experts of layer ${layer} against each other.`, hint: `The ${n} busiest experts, busiest first`,
   });
-  const strong = Math.max(1, ...found.top.map((pair) => pair[3]));
+  const strong = largest(found.top.map((pair) => pair[3]), 1);
   fill("pair-table", table([["Experts"], ["", false], ["Lift", true], ["Tokens", true]],
     found.top.map(([a, b, tokens, lift]) => [`${a} and ${b}`, meter(lift / strong, "recorded"), times(lift), number(tokens)]), "Strongest pairs"));
 }
 const amount = (value) => (data.traffic.unit === "bytes" ? bytes(value) : plural(value, "row"));
-function trafficMap() {
-  const matrix = data.traffic[chosen.level], noun = chosen.level === "ranks" ? "Rank" : "Node";
-  const most = Math.max(1, ...matrix.map((row) => Math.max(...row)));
-  heatmap({
-    id: "traffic-map", rows: matrix.length, columns: matrix.length, most, square: true, scale: ["0", amount(most)],
-    value: (from, to) => matrix[from][to],
-    say: (from, to) => `${noun} ${from} to ${noun.toLowerCase()} ${to}: ${amount(matrix[from][to])}`,
-    title: `Traffic between ${chosen.level}: rows are senders, columns receivers.`, hint: "Down: from. Across: to.",
-  });
+function trafficMaps() {
+  const level = chosen.level, noun = level === "ranks" ? "Rank" : "Node";
+  const most = largest(data.placements.flatMap((own) => data.traffic[own.key][level].map((row) => largest(row, 0))), 1);
+  fill("traffic-maps", ...data.placements.map((own) => make("div", { id: `traffic-${own.key}` })));
+  for (const own of data.placements) {
+    const sent = data.traffic[own.key], matrix = sent[level];
+    heatmap({
+      id: `traffic-${own.key}`, rows: matrix.length, columns: matrix.length, most, square: true, scale: ["0", amount(most)],
+      caption: [key(own.key), make("b", {}, own.name), make("span", {}, `${amount(level === "ranks" ? sent.off_rank : sent.off_node)} leave their ${noun.toLowerCase()}${sent.exact ? "" : ", estimated"}`)],
+      value: (from, to) => matrix[from][to],
+      say: (from, to) => `${noun} ${from} to ${to}: ${amount(matrix[from][to])}`,
+      title: `Traffic between ${level}, ${own.name.toLowerCase()}: rows are senders, columns receivers.`, hint: "from ↓ to →",
+    });
+  }
 }
 function traffic() {
-  const found = data.traffic, part = (value) => (found.total ? value / found.total : 0);
-  byId("traffic-note").textContent = (found.exact ? "From the recorded routes and the runtime’s own choice of replicas" : "Estimated: the trace has no routes of single tokens, so every rank is taken to send alike")
-    + (found.unit === "bytes" ? `; ${number(found.row_bytes)} bytes a row. The combine sends as much back.` : "; in rows, because the model is not on this machine. The combine sends as many back.");
-  const rows = [["All assignments", found.total], ["leave their rank", found.off_rank], ["leave their node", found.off_node]];
-  if (found.exact) rows.push(["once per rank needed, not per expert", found.once_per_rank], ["once per node needed", found.once_per_node]);
-  fill("traffic-table", table([["Rows"], ["", false], ["Share", true], [found.unit === "bytes" ? "Size" : "Rows", true]],
-    rows.map(([name, value]) => [name, meter(part(value), "recorded"), percent(part(value)), found.unit === "bytes" ? bytes(value) : number(value)]), "Traffic in all"));
-  trafficMap();
+  const sent = data.placements.map((own) => data.traffic[own.key]), exact = data.traffic.recorded.exact;
+  byId("traffic-note").textContent = (exact ? "One row per assignment, from a token’s home rank to the rank of its expert: from the recorded routes and the runtime’s own choice of replicas" : "Estimated, because the trace does not tell the way of its tokens, or holds too many steps to follow them: every rank is taken to send alike")
+    + (data.traffic.unit === "bytes" ? `; ${number(data.traffic.row_bytes)} bytes a row. The combine sends as much back.` : "; in rows, because the model is not on this machine. The combine sends as many back.")
+    + " Colours mean the same in every map.";
+  const row = (name, of, better) => [name, sent.map((own) => (of(own) === null ? "–" : amount(of(own)) + (own.total && of(own) < own.total ? ` · ${percent(of(own) / own.total)}` : ""))), better ? sent.map((own) => (of(own) === null ? null : -of(own))) : null];
+  const rows = [
+    row("Rows routed, all layers", (own) => own.total, false),
+    row("Rows that leave their rank", (own) => own.off_rank, true),
+    row("Rows that leave their node", (own) => own.off_node, true),
+    row("Rows into the busiest rank from others", (own) => own.busiest, true),
+    row("Once to each rank that a token needs", (own) => own.once_per_rank, true),
+    row("Once to each node that it needs", (own) => own.once_per_node, true),
+  ];
+  comparison("traffic-table", "Traffic in all", rows);
+  trafficMaps();
 }
 function planTable() {
   const plan = data.plan, all = data.placements;
-  byId("plan-note").textContent = plan ? `${plan.name}, against what was measured and against no balancing at all (every rank its even share of experts in order; spare slots only where ranks outnumber experts). ${data.exact ? "Predicted by sending every recorded token through the plan" : "Predicted from the experts’ loads, spread evenly over their replicas"}. A plan made from these same windows does worse on new traffic; the command compare measures how much.`
+  byId("plan-note").textContent = plan ? `${plan.name}, against what was recorded and against no balancing at all (every rank its even share of experts in order; spare slots only where ranks outnumber experts). ${data.traffic.plan.exact ? "Predicted by sending every recorded token through the plan" : "Predicted from the experts’ loads, spread evenly over their replicas"}. A plan made from these same windows does worse on new traffic; the command compare measures how much.`
     : "No plan was given. Make one: plan trace=… output=plan.json, then report trace=… plan=plan.json.";
-  const worst = (own) => { const known = own.balance.filter((value) => value !== null); return known.length ? Math.min(...known) : null; };
+  const worst = (own) => -largest(own.balance.map((value) => -value), -Infinity);
   const of = (own, recorded, planned) => (own.key === "recorded" ? recorded : own.key === "plan" ? planned : null);
   const rows = [
     ["Experts’ time used", all.map((own) => percent(own.used)), all.map((own) => own.used)],
@@ -144,12 +156,17 @@ function planTable() {
     rows.push(["Slots that change", all.map((own) => of(own, "–", plan.moves === null ? "a new start: other slots or ranks" : number(plan.moves)) ?? "–"), null]);
     rows.push(["Weights that move", all.map((own) => of(own, "–", bytes(plan.move_bytes)) ?? "–"), null]);
   }
-  const top = make("tr", {}, make("td", {}), ...all.map((own) => make("th", { scope: "col" }, key(own.key), ` ${own.name}`)));
-  const body = rows.map(([name, shown, values]) => {
-    const best = values && values.indexOf(Math.max(...values.filter((value) => value !== null)));
-    return make("tr", {}, make("th", { scope: "row" }, name), ...shown.map((text, i) => make("td", { class: i === best ? "best" : null }, text)));
+  comparison("plan-table", "Before and after", rows);
+}
+// A row: its name, a text for each placement, and the numbers of which the greatest are best, or null.
+function comparison(id, label, rows) {
+  const top = make("tr", {}, make("td", {}), ...data.placements.map((own) => make("th", { scope: "col" }, key(own.key), ` ${own.name}`)));
+  const body = rows.filter(([, shown]) => shown.some((text) => text !== "–")).map(([name, shown, values]) => {
+    const best = values && shown[values.indexOf(largest(values.filter((value) => value !== null), -Infinity))];
+    const differs = shown.some((text) => text !== best && text !== "–");
+    return make("tr", {}, make("th", { scope: "row" }, name), ...shown.map((text) => make("td", { class: differs && text === best ? "best" : null }, text)));
   });
-  fill("plan-table", make("div", { class: "compare", tabindex: "0", role: "region", "aria-label": "Before and after" }, make("table", {}, make("thead", {}, top), make("tbody", {}, ...body))));
+  fill(id, make("div", { class: "compare", tabindex: "0", role: "region", "aria-label": label }, make("table", {}, make("thead", {}, top), make("tbody", {}, ...body))));
 }
 function layerParts() {
   byLayer(chosen.layer);
