@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,11 +105,12 @@ def distinct(home: Tensor, target: Tensor, homes: int, targets: int) -> Tensor:
 
     `home [N, 1]`, `target [N, K]`, `targets` itself for none.
     """
-    ordered = target.sort(dim=1).values
-    first = torch.ones_like(ordered, dtype=torch.bool)
+    ordered = np.sort(target.numpy(), axis=1)
+    first = np.ones(ordered.shape, dtype=np.bool_)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    index = (home * (targets + 1) + ordered)[first]
-    return torch.bincount(index, minlength=homes * (targets + 1)).view(homes, targets + 1)[:, :targets].contiguous()
+    index = (home.numpy() * (targets + 1) + ordered)[first]
+    counts = np.bincount(index, minlength=homes * (targets + 1)).reshape(homes, targets + 1)
+    return torch.from_numpy(np.ascontiguousarray(counts[:, :targets]))
 
 
 def _checked(trace: Trace, placement: ExpertPlacement | None) -> ExpertPlacement:

@@ -200,7 +200,7 @@ def test_a_larger_batch_of_another_shape_is_looked_at() -> None:
     def judge(batch: int) -> Decode | Refused:
         if batch not in passing:
             return Refused(layout, "decode", "slow", "tpot_ms", 1.0)
-        return Decode(made[batch], batch, step, made[batch].memory())
+        return Decode(made[batch], batch, step, made[batch].memory)
 
     some = evaluator.decode(layout)
     assert isinstance(some, Decode)

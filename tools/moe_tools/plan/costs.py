@@ -9,7 +9,6 @@ import numpy as np
 
 from moe_runtime.dispatch.timeline import Costs
 from moe_runtime.engine.lockstep import AgreedStep
-from moe_runtime.launch.shuffle import dispatch_spec
 from moe_tools.plan.curves import Curves, attention_weights
 from moe_tools.plan.layouts import Deployment
 from moe_tools.plan.replay import Counts, Replay
@@ -47,7 +46,7 @@ class CostModel:
         self.deployment, self.routes, self.replay = deployment, routes, replay
         model = deployment.model
         self.curves = Curves.of(deployment.machine, model, fp8=deployment.fp8)
-        self.wire = Wire.of(deployment.machine, dispatch_spec(deployment.config, model), deployment.layout.dispatch)
+        self.wire = Wire.of(deployment.machine, deployment.spec, deployment.layout.dispatch)
         self.kept: Kept = {} if kept is None else kept
 
     def micro_batch(

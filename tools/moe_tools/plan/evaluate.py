@@ -116,14 +116,14 @@ class Evaluator:
 
     def _decoded(self, made: Deployment, batch: int) -> Decode:
         kv_len = self.plan.prompt_tokens + self.plan.output_tokens / 2
-        return Decode(made, batch, self._timer(made).decode(batch, kv_len), made.memory())
+        return Decode(made, batch, self._timer(made).decode(batch, kv_len), made.memory)
 
     def _prefilled(self, made: Deployment, tokens: int) -> Prefill:
         prompt, timer = self.plan.prompt_tokens, self._timer(made)
         key = (made.layout, timer.limits(), tokens)
         if key not in self._prompts:
             self._prompts[key] = timer.prefill(tokens, prompt)
-        return Prefill(made, tokens, -(-prompt // tokens), self._prompts[key], made.memory())
+        return Prefill(made, tokens, -(-prompt // tokens), self._prompts[key], made.memory)
 
     def _timer(self, made: Deployment) -> StepTimer:
         layout = made.layout

@@ -5,16 +5,19 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final, Literal, cast
 
 from moe_models.base import ModelConfig
 
 from moe_runtime.config import DispatchName, EngineConfig, RuntimeConfig
 from moe_runtime.dispatch.factory import buffer_bytes
+from moe_runtime.dispatch.spec import DispatchSpec
+from moe_runtime.engine.lockstep import LockstepLimits
 from moe_runtime.errors import ConfigError, nearest_divisor
 from moe_runtime.launch.compose import compose
 from moe_runtime.launch.conflicts import conflicts
-from moe_runtime.launch.graphs import graph_bytes, graphs_mode
+from moe_runtime.launch.graphs import graph_bytes, graphs_mode, lockstep_limits
 from moe_runtime.launch.placing import num_local_slots
 from moe_runtime.launch.shuffle import dispatch_names, dispatch_spec
 from moe_runtime.launch.sizing import (
@@ -81,7 +84,7 @@ class Memory:
         return self.weights + self.cache + self.dispatch + self.other
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Deployment:
     """A layout with what the runtime makes of it."""
 
@@ -104,8 +107,19 @@ class Deployment:
         """Whether experts are kept and multiplied in fp8."""
         return "experts" in kept_weights(self.config, self.model).parts
 
+    @cached_property
+    def spec(self) -> DispatchSpec:
+        """For what its dispatch buffers are made. ConfigError where not one token fits."""
+        return dispatch_spec(self.config, self.model)
+
+    @cached_property
+    def limits(self) -> LockstepLimits:
+        """What its ranks agree within. ConfigError as `spec`."""
+        return lockstep_limits(self.config, self.model, graphs=True)
+
+    @cached_property
     def memory(self) -> Memory:
-        """By the runtime's own sizing functions."""
+        """By the runtime's own sizing functions. ConfigError as `spec`."""
         config, model = self.config, self.model
         itemsize = compute_dtype(config, model).itemsize
         weights = weight_bytes(
@@ -118,11 +132,11 @@ class Deployment:
             kept=kept_weights(config, model),
         )
         cache = cache_size(config.engine, model, itemsize=itemsize, device=config.device)
-        spec, sizes = dispatch_spec(config, model), graphs_mode(config, model).sizes
+        sizes = graphs_mode(config, model).sizes
         return Memory(
             weights=weights.total,
             cache=cache.num_bytes,
-            dispatch=max(buffer_bytes(name, spec) for name in dispatch_names(config)),
+            dispatch=max(buffer_bytes(name, self.spec) for name in dispatch_names(config)),
             other=rotary_bytes(config.engine, model) + (graph_bytes(config, model, sizes) if sizes else 0),
         )
 
@@ -132,7 +146,7 @@ class Deployment:
             problem = next(conflicts(self.config, self.model, has_weights=False), None)
             if problem is not None:
                 return Obstacle("configuration", str(problem))
-            need, room = self.memory().total, int(USABLE * self.machine.memory_bytes)
+            need, room = self.memory.total, int(USABLE * self.machine.memory_bytes)
         except ConfigError as error:
             return Obstacle("configuration", str(error))
         if need <= room:

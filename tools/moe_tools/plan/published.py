@@ -14,7 +14,6 @@ import numpy as np
 
 from moe_runtime.balance.planner import plan_placement
 from moe_runtime.engine.lockstep import LockstepLimits
-from moe_runtime.launch.shuffle import dispatch_spec
 from moe_runtime.parallel.placement import ExpertPlacement, expected_load
 from moe_tools.plan.costs import CostModel
 from moe_tools.plan.hardware import load_machine
@@ -164,7 +163,7 @@ def network_bound_ms() -> float:
     placement = ExpertPlacement.uniform(1, routes.num_logical, ep=ep, num_redundant=redundant, expected_load=load)
     replay = Replay.of(placement, choice="static", ranks_per_node=1)
     counts = replay.count_even(0, routes.step(0, tokens * ep, in_order=True))
-    wire = Wire.of(machine, dispatch_spec(made.config, model), "deep_ep")
+    wire = Wire.of(machine, made.spec, "deep_ep")
     there, back = (wire.transfer(counts, way, decode=True, capacity=tokens) for way in ("dispatch", "combine"))
     sent = there.mean_network_bytes + back.mean_network_bytes
     return 2 * model.num_layers * sent / machine.rates.network_bytes_per_s * 1e3

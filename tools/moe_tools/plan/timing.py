@@ -7,8 +7,9 @@ beside one with the mean load. Layers that are not replayed are taken to be like
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
 from typing import Final
 
 import numpy as np
@@ -16,7 +17,6 @@ import numpy as np
 from moe_runtime.dispatch.overlap import Stage, Stages, interleave
 from moe_runtime.dispatch.timeline import Costs, Summary, Timeline, Turn, simulate, summarize
 from moe_runtime.engine.lockstep import AgreedStep, LockstepLimits, Wish, agree, cut_rows
-from moe_runtime.launch.graphs import lockstep_limits
 from moe_tools.bench.floor import Hardware
 from moe_tools.plan.costs import CostModel, LayerCosts
 from moe_tools.plan.hardware import Machine
@@ -39,7 +39,7 @@ class Constants:
     """Prefill: everything, over the tables; transfers take multiprocessors from products"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """What one step takes. Bytes and microseconds are per rank and step; `terms`: the busiest rank's parts."""
 
@@ -51,8 +51,12 @@ class Step:
     """Rows of the busiest rank over the mean, mean over the layers"""
     network_bytes: float
     """Mean of the ranks"""
-    bounds: Mapping[str, str]
-    """What each term waits for: bytes, arithmetic, a link, or the starts of its kernels"""
+    find_bounds: Callable[[], Mapping[str, str]] = field(repr=False, compare=False)
+
+    @cached_property
+    def bounds(self) -> Mapping[str, str]:
+        """What each term waits for: bytes, arithmetic, a link, or the starts of its kernels."""
+        return self.find_bounds()
 
     @property
     def bound(self) -> str:
@@ -84,7 +88,7 @@ class StepTimer:
 
     def limits(self) -> LockstepLimits:
         """The runtime's own for this configuration."""
-        return lockstep_limits(self.deployment.config, self.deployment.model, graphs=True)
+        return self.deployment.limits
 
     def decode(self, batch: int, kv_len: float, *, limits: LockstepLimits | None = None) -> Step:
         """A step in which every DP group decodes `batch` sequences of `kv_len` cached tokens."""
@@ -118,7 +122,7 @@ class StepTimer:
             summary=_stretched(summarize(timeline), stretch),
             imbalance=float(np.mean([layer.imbalance for layer in shape.layers])),
             network_bytes=moved * layers * count,
-            bounds=self._bounds(shape, decode=decode, length=length),
+            find_bounds=partial(self._bounds, shape, decode=decode, length=length),
         )
 
     def _bounds(self, shape: _Shape, *, decode: bool, length: float) -> dict[str, str]:
@@ -183,8 +187,7 @@ class StepTimer:
 
 def decode_shape(deployment: Deployment, batch: int) -> tuple[int, int, bool]:
     """Micro-batches, dispatches of each, and whether it is captured: what the lockstep makes of a decode step."""
-    limits = lockstep_limits(deployment.config, deployment.model, graphs=True)
-    agreed = _agree(deployment.layout.dp, batch, decode=True, limits=limits)
+    agreed = _agree(deployment.layout.dp, batch, decode=True, limits=deployment.limits)
     return agreed.num_micro_batches, agreed.num_chunks, agreed.graph
 
 
