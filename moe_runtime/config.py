@@ -69,7 +69,7 @@ class BalanceConfig:
     )
     policy: BalancePolicy = setting("best", "how placements are planned: best, or DeepSeek's eplb")
     deadline_s: float = setting(
-        30.0, "seconds after which a plan, or a layer on its way, is abandoned", minimum=0.001, maximum=86400
+        30.0, "seconds after which a plan, or a layer on its way, is abandoned", minimum=10.0, maximum=86400
     )
     save_placement: str | None = setting(
         None, "placement file to write after each move and at the end; for placement.file", verbatim=True

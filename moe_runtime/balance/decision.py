@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from moe_runtime.balance.measures import rank_loads
-from moe_runtime.balance.moves import busiest_bytes, keep_slots, layer_moves, num_rounds, rows_of, rows_per_step
+from moe_runtime.balance.moves import (
+    busiest_bytes,
+    keep_slots,
+    layer_moves,
+    num_rounds,
+    rows_of,
+    rows_per_step,
+    steps_of_slot,
+)
 from moe_runtime.balance.schedule import LayerChange, in_turn, payback_steps, total_net
 from moe_runtime.errors import ConfigError
 from moe_runtime.parallel.placement import ExpertPlacement
@@ -54,7 +62,7 @@ class Terms:
     ranks_per_node: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """Verdict and numbers. Utilisation: mean over the busiest rank's tokens, both summed over windows and layers, as a
     step waits for the busiest rank; 1 is best.
@@ -125,7 +133,16 @@ def decide(
     seen, without = utilisation(loads, now), utilisation(loads, first)
     if not num_tokens or seen >= terms.threshold:
         verdict = Verdict.BALANCED if num_tokens else Verdict.NO_LOAD
-        return Decision(verdict, steps, num_tokens, seen, without, seen, seen, num_windows=len(loads))
+        return Decision(
+            verdict=verdict,
+            steps=steps,
+            num_tokens=num_tokens,
+            utilisation=seen,
+            without=without,
+            planned=seen,
+            predicted=seen,
+            num_windows=len(loads),
+        )
     plans = [_fitting(planned, now) for planned in plan(loads, now, _move_budget(now, terms))]
     ways = [list(_changes(loads, steps, now, planned, terms)) for planned in plans]
     found = _most(ways, terms.horizon_steps)
@@ -133,21 +150,21 @@ def decide(
     for change in found:
         table[change.layer] = torch.tensor(change.row)
     return Decision(
-        _verdict(found, ways, terms.horizon_steps),
-        steps,
-        num_tokens,
-        seen,
-        without,
-        utilisation(loads, plans[0]),
-        utilisation(loads, ExpertPlacement(table, now.num_logical, now.ep)),
-        len(found),
-        sum(change.num_moves for change in found),
-        sum(change.moved_bytes for change in found),
-        sum(change.saved_bytes_per_step for change in found),
-        found,
-        sum(change.num_steps for change in found),
-        payback_steps(found) if found else 0.0,
-        len(loads),
+        verdict=_verdict(found, ways, terms.horizon_steps),
+        steps=steps,
+        num_tokens=num_tokens,
+        utilisation=seen,
+        without=without,
+        planned=utilisation(loads, plans[0]),
+        predicted=utilisation(loads, ExpertPlacement(table, now.num_logical, now.ep)),
+        num_layers=len(found),
+        num_moves=sum(change.num_moves for change in found),
+        moved_bytes=sum(change.moved_bytes for change in found),
+        saved_bytes_per_step=sum(change.saved_bytes_per_step for change in found),
+        changes=found,
+        num_steps=sum(change.num_steps for change in found),
+        payback_steps=payback_steps(found),
+        num_windows=len(loads),
     )
 
 
@@ -156,13 +173,14 @@ def _changes(
 ) -> Iterator[LayerChange]:
     """Of each layer that the plan changes."""
     num_local = now.num_local
+    slot_bytes, budget = terms.slot_bytes, terms.bytes_per_step
+    each = steps_of_slot(budget, slot_bytes=slot_bytes, num_local=num_local)
     saved = (rank_loads(loads, now).amax(-1) - rank_loads(loads, planned).amax(-1)).sum(0)
     for layer, (old, new) in enumerate(zip(now.phy2log.tolist(), planned.phy2log.tolist(), strict=True)):
         row = keep_slots(old, new, num_local=num_local)
-        moves = layer_moves(layer, old, row, num_local=num_local, ranks_per_node=terms.ranks_per_node)
+        moves = layer_moves(layer, old, row, num_local=num_local, ranks_per_node=terms.ranks_per_node, slot_steps=each)
         if not moves:
             continue
-        slot_bytes, budget = terms.slot_bytes, terms.bytes_per_step
         cost = busiest_bytes(moves, slot_bytes=slot_bytes, num_local=num_local)
         taken = num_rounds(moves, slot_bytes=slot_bytes, bytes_per_step=budget, num_local=num_local)
         # A layer that moves within ranks only commits in one step too.

@@ -19,10 +19,11 @@ def checksum(data: Tensor) -> Tensor:
 
     The bytes are words of a grid of 256 columns. Each column is summed up modulo 2^64, and so is each row; a sum and
     its place are mixed by a bijection that is not linear, and what comes of all columns is one number, of all rows the
-    other. One wrong word changes both. Words or pieces that have changed places change the sums of two columns or of
-    two rows, hence a number, but for one chance in 2^64. What leaves every sum as it was is not seen: at least four
-    words must be wrong for that, in two rows and two columns. A CRC is serial; these are two reductions at the speed of
-    memory. It is no protection against forgery.
+    other. One wrong word changes both. Two words that have changed places change the sums of two columns or of two
+    rows, hence a number, but for one chance in 2^64; so do rows or columns whose sums differ. What leaves every sum as
+    it was is not seen, such as two rows of equal sums that have changed places: at least four words must be wrong for
+    that, in two rows and two columns. A CRC is serial; these are two reductions at the speed of memory. It is no
+    protection against forgery.
     """
     flat = data.view(-1).view(torch.uint8)
     words = flat.view(next(dtype for dtype in _WORDS if not flat.numel() % dtype.itemsize))

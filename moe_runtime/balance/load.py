@@ -87,6 +87,11 @@ class LoadRecorder:
         """[L, E] int64, a copy."""
         return self.counts_by_phase().sum(0)
 
+    def copy_counts_(self, out: Tensor) -> None:
+        """`counts` into `out` [L, E] int64. Takes no memory for itself, but on a CPU for what waits to be counted."""
+        self._catch_up()
+        torch.add(*self._counts[:, :-1].view(len(PHASES), *out.shape), out=out)
+
     def received_by_phase(self) -> Tensor:
         """[PHASES, L] int64, a copy."""
         received = self._received

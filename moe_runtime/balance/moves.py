@@ -57,31 +57,56 @@ def keep_slots(old: Row, new: Row, *, num_local: int) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def layer_moves(layer: int, old: Row, new: Row, *, num_local: int, ranks_per_node: int) -> tuple[Move, ...]:
+def layer_moves(
+    layer: int, old: Row, new: Row, *, num_local: int, ranks_per_node: int, slot_steps: int
+) -> tuple[Move, ...]:
     """The slots that change, in ascending order, each with its source: on the same rank, else on the same node, else
-    anywhere; of equally near ones the rank that sends least so far, then the lowest slot.
+    anywhere; of equally near ones the one that is through first, then the rank that sends least so far, then the lowest
+    slot. A rank that receives an expert may pass it on, a step behind: so many copies of one expert go through many
+    ranks, not all out of one. `slot_steps`: those that a slot takes (`steps_of_slot`).
 
     All sources hold what `old` says: a slot that changes too may be one, if all are read before any is written.
     """
-    holders: dict[int, list[int]] = {}
+    copies: dict[int, list[_Copy]] = {}
     for slot, expert in enumerate(old):
-        holders.setdefault(expert, []).append(slot)
-    sent: Counter[int] = Counter()
+        copies.setdefault(expert, []).append(_Copy(slot, slot // num_local))
+    busy_out: Counter[int] = Counter()
+    busy_in: Counter[int] = Counter()
     moves = []
     for target, (before, expert) in enumerate(zip(old, new, strict=True)):
         if before == expert:
             continue
         home = target // num_local
+        if local := [one for one in copies[expert] if one.rank == home and one.source is None]:
+            moves.append(Move(layer, expert, local[0].slot, target))
+            continue
 
-        def cost(slot: int, home: int = home) -> tuple[int, int, int]:
-            rank = slot // num_local
-            far = (rank != home) + (rank // ranks_per_node != home // ranks_per_node)
-            return far, sent[rank], slot
-
-        source = min(holders[expert], key=cost)
-        sent[source // num_local] += source // num_local != home
-        moves.append(Move(layer, expert, source, target))
+        free, node = busy_in[home], home // ranks_per_node
+        best, least = copies[expert][0], None
+        for copy in copies[expert]:
+            if copy.rank == home:
+                continue
+            sent = busy_out[copy.rank]
+            start = max(sent, free, copy.first)
+            cost = (copy.rank // ranks_per_node != node, start, copy.source is not None, sent, copy.slot)
+            if least is None or cost < least:
+                best, least = copy, cost
+        assert least is not None, "an expert that does not stay has a slot on another rank"
+        source = best.slot if best.source is None else best.source
+        moves.append(Move(layer, expert, source, target, None if best.source is None else best.slot))
+        copies[expert].append(_Copy(target, home, source, least[1] + 1))
+        busy_out[best.rank] = busy_in[home] = least[1] + slot_steps
     return tuple(moves)
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """Of an expert, on a rank; one that arrives comes from `source` and has its first rows after `first` steps."""
+
+    slot: int
+    rank: int
+    source: int | None = None
+    first: int = 0
 
 
 def rows_of(num_bytes: int) -> int:
@@ -95,11 +120,17 @@ def rows_per_step(bytes_per_step: int, *, slot_bytes: int, num_local: int) -> in
     return min(max(1, bytes_per_step // ROW_BYTES), num_local * rows_of(slot_bytes))
 
 
+def steps_of_slot(bytes_per_step: int, *, slot_bytes: int, num_local: int) -> int:
+    """Steps that one slot takes from rank to rank."""
+    return -(-rows_of(slot_bytes) // rows_per_step(bytes_per_step, slot_bytes=slot_bytes, num_local=num_local))
+
+
 def rounds(
     moves: Sequence[Move], *, slot_bytes: int, bytes_per_step: int, num_local: int, rank: int | None = None
 ) -> Iterator[Round]:
-    """The pieces of each step: no rank sends or receives more rows than `rows_per_step`. Moves within a rank do not
-    travel. Earlier moves go first; a later one uses what they leave.
+    """The pieces of each step: no rank sends or receives more rows than `rows_per_step`, and none passes on what it has
+    not received in a step before. Moves within a rank do not travel. Earlier moves go first; a later one uses what they
+    leave.
 
     `rank`: only what this rank sends or receives, an empty round where that is nothing. Made as they are taken: a step
     costs time in proportion to its moves, however small its pieces are.
@@ -110,7 +141,7 @@ def rounds(
         mine = [
             (number, count)
             for number, count in counts.items()
-            if rank is None or rank in (moves[number].source // num_local, moves[number].target // num_local)
+            if rank is None or rank in (moves[number].sender // num_local, moves[number].target // num_local)
         ]
         for _ in range(num_steps):
             yield tuple([Piece(number, done[number], done[number] + count) for number, count in mine])
@@ -128,21 +159,33 @@ def _stretches(
     moves: Sequence[Move], *, slot_bytes: int, bytes_per_step: int, num_local: int
 ) -> Iterator[tuple[dict[int, int], int]]:
     """Rows of each move that travels, and for how many steps on end: what is sent stays the same until a move has less
-    left than its share."""
+    left than its share, or what is passed on runs dry or swells."""
     whole, most = rows_of(slot_bytes), rows_per_step(bytes_per_step, slot_bytes=slot_bytes, num_local=num_local)
-    ends = [(move.source // num_local, move.target // num_local) for move in moves]
+    ends = [(move.sender // num_local, move.target // num_local) for move in moves]
     left = {number: whole for number, (source, target) in enumerate(ends) if source != target}
+    numbers = {moves[number].target: number for number in left}
+    parents = {number: numbers[via] for number in left if (via := moves[number].via) is not None}
     ranks = {rank: most for pair in ends for rank in pair}
     while left:
         out, into = ranks.copy(), ranks.copy()
         counts: dict[int, int] = {}
+        num_steps = whole
         for number, rows in left.items():
             source, target = ends[number]
-            if (count := min(rows, out[source], into[target])) > 0:
+            count = may = min(rows, out[source], into[target])
+            if number in parents:
+                parent = parents[number]
+                there = rows - left.get(parent, 0)
+                count, more = min(may, there), counts.get(parent, 0)
+                if count > more:
+                    num_steps = min(num_steps, (there - count) // (count - more) + 1)
+                elif count < min(may, more):
+                    num_steps = 1
+            if count > 0:
                 counts[number] = count
                 out[source] -= count
                 into[target] -= count
-        num_steps = min(left[number] // count for number, count in counts.items())
+        num_steps = min(num_steps, *(left[number] // count for number, count in counts.items()))
         yield counts, num_steps
         for number, count in counts.items():
             left[number] -= num_steps * count
@@ -155,7 +198,7 @@ def busiest_bytes(moves: Sequence[Move], *, slot_bytes: int, num_local: int) -> 
     out: Counter[int] = Counter()
     into: Counter[int] = Counter()
     for move in moves:
-        source, target = move.source // num_local, move.target // num_local
+        source, target = move.sender // num_local, move.target // num_local
         if source != target:
             out[source] += slot_bytes
             into[target] += slot_bytes

@@ -28,7 +28,8 @@ class LayerChange:
 def in_turn(changes: Sequence[LayerChange], horizon_steps: int) -> tuple[LayerChange, ...]:
     """The changes that pay, one after the other, all through before `horizon_steps` are over.
 
-    Of each layer the change that nets most if it comes next, of these first the one that nets most per step it takes.
+    Greedy: of each layer the change that nets most if it comes next, of these first the one that nets most per step it
+    takes. That is not always the order that nets most of all.
     """
     if not changes:
         return ()
@@ -63,11 +64,14 @@ def total_net(changes: Sequence[LayerChange], horizon_steps: int) -> float:
 
 
 def payback_steps(changes: Sequence[LayerChange]) -> float:
-    """Steps from the first move until all bytes moved are saved again; infinite where nothing is saved."""
+    """Steps from the first move until all bytes moved are saved again: 0 where none are moved, infinite where some are
+    and nothing is saved."""
     rate = saved = 0.0
     at, moved = 0, float(sum(change.moved_bytes for change in changes))
+    if not moved:
+        return 0.0
     for change in changes:
-        if saved + rate * change.num_steps >= moved > 0:
+        if saved + rate * change.num_steps >= moved:
             break
         saved += rate * change.num_steps
         at += change.num_steps

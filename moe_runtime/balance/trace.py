@@ -25,6 +25,7 @@ from moe_runtime.balance.trace_parts import (
     PartsGoneError,
     Window,
     empty_columns,
+    loads_of_routes,
     read_parts,
 )
 from moe_runtime.balance.trace_writer import TraceWriter
@@ -133,17 +134,16 @@ class Trace:
         own |= {name: getattr(self, name) for name in CHANGE_COLUMNS}
         return Trace(header=self.header, phases=(phase,) * int(keep.sum()), **own)
 
-    def check_model(
-        self, *, num_layers: int, num_logical: int, top_k: int | None = None, model: str | None = None
-    ) -> None:
-        """TraceError where the trace is of another model."""
-        self.header.check_model(num_layers=num_layers, num_logical=num_logical, top_k=top_k, model=model)
+    def check_model(self, *, num_layers: int, num_logical: int, top_k: int | None = None) -> None:
+        """TraceError where the trace is of a model of another shape."""
+        self.header.check_model(num_layers=num_layers, num_logical=num_logical, top_k=top_k)
 
 
 def read_trace(folder: str | Path) -> Trace:
     """The trace in `folder`, as far as it is written.
 
-    Raises TraceError where there is none, it is of an unknown version, cut short, or holds what no run records.
+    Raises TraceError where there is none, it is of an unknown version, cut short, holds what no run records, or counts
+    that contradict each other.
     """
     for attempt in range(_ATTEMPTS):
         header = read_header(folder)
@@ -171,11 +171,4 @@ def trace_of(header: TraceHeader, parts: Sequence[Mapping[str, Tensor]]) -> Trac
 
 def routed_loads(trace: Trace) -> Tensor:
     """`[W, L, E] int64`: the loads that follow from the routes; equal to `trace.loads` where all were recorded."""
-    windows, layers, experts = trace.loads.shape
-    counts = torch.zeros(windows * layers * (experts + 1), dtype=torch.int64)
-    place = trace.window.view(-1, 1, 1) * layers + torch.arange(layers).view(1, -1, 1)
-    ids = trace.routes.long()
-    ids = torch.where(ids < 0, experts, ids)
-    index = (place * (experts + 1) + ids).flatten()
-    counts.scatter_add_(0, index, torch.ones_like(index))
-    return counts.view(windows, layers, experts + 1)[:, :, :experts].contiguous()
+    return loads_of_routes(trace.routes, trace.window, trace.loads.shape)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -60,9 +59,9 @@ class TraceHeader:
     """Parts first_part .. next_part - 1 are there; more may have been written since"""
     dropped_windows: int = 0
     dropped_tokens: int = 0
-    """What stood in parts that the byte cap has cost: the windows, and tokens with routes"""
+    """What is not there: parts that the byte cap has cost, windows that a slow disk has; their tokens with routes"""
     complete: bool = False
-    """The run has ended and all of it was written"""
+    """The run has ended and all of it was written; the byte cap may have dropped parts since"""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_logical", "num_routed", "top_k", "ep", "tp", "dp", "ranks_per_node"):
@@ -101,12 +100,10 @@ class TraceHeader:
             raise TraceError(f"phy2log has {placement.num_layers} layers, num_layers={self.num_layers}.")
         return placement
 
-    def check_model(
-        self, *, num_layers: int, num_logical: int, top_k: int | None = None, model: str | None = None
-    ) -> None:
-        """TraceError where the trace is of another model: other layers or experts, or, where given, another top_k or
-        name."""
-        asked = {"num_layers": num_layers, "num_logical": num_logical, "top_k": top_k, "model": model}
+    def check_model(self, *, num_layers: int, num_logical: int, top_k: int | None = None) -> None:
+        """TraceError where the trace is of a model of another shape: other layers or experts, or, where given, another
+        top_k."""
+        asked = {"num_layers": num_layers, "num_logical": num_logical, "top_k": top_k}
         for name, wanted in asked.items():
             seen = getattr(self, name)
             if wanted is not None and seen != wanted:
@@ -154,17 +151,6 @@ def read_header(folder: str | Path) -> TraceHeader:
 def has_trace(folder: str | Path) -> bool:
     """Whether a trace lies in `folder`."""
     return (Path(folder) / HEADER_FILE).exists()
-
-
-def write_atomic(file: Path, data: bytes) -> None:
-    """All of `data` in `file`, or `file` as it was: readers see one of both. OSError as of any write."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(data)
-        draft.replace(file)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def _values(document: Mapping[str, Any]) -> dict[str, Any]:

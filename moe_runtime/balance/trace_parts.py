@@ -23,6 +23,11 @@ from moe_runtime.errors import TraceError
 PHASES: Final = ("decode", "mixed")
 """In the files, a phase is its index here."""
 
+_MOST: Final = 2**53
+"""Numbers and their sums are below it: exact as floats, too"""
+_AT_ONCE: Final = 8192
+"""Tokens whose routes are counted at once: some 30 MB for 58 layers"""
+_AGAIN: Final = "The file was changed or mixed up: record again."
 _PART: Final = re.compile(r"part-(\d{5,})\.safetensors")
 
 
@@ -142,9 +147,11 @@ def read_parts(folder: Path, header: TraceHeader) -> list[dict[str, Tensor]]:
     """The checked columns of each part, in order. TraceError; PartsGoneError where one of the header's is missing."""
     found = {int(match[1]): file for file in folder.iterdir() if (match := _PART.fullmatch(file.name))}
     numbers = range(header.first_part, max(header.next_part, *(number + 1 for number in found), 0))
-    if gone := [number for number in numbers if number not in found]:
+    gone = next((number for number in numbers if number not in found), None)
+    if gone is not None:
+        missing = len(numbers) - sum(number in numbers for number in found)
         raise PartsGoneError(
-            f"{str(folder)!r}: {part_name(gone[0])} is missing ({len(gone)} parts are), {header.first_part} to "
+            f"{str(folder)!r}: {part_name(gone)} is missing ({missing} parts are), {header.first_part} to "
             f"{numbers.stop - 1} must be there. Copy the whole folder, or record again."
         )
     return [read_part(found[number], header) for number in numbers]
@@ -170,7 +177,7 @@ def read_part(file: Path, header: TraceHeader) -> dict[str, Tensor]:
 
 def check_columns(header: TraceHeader, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All columns of a part; those of tokens and of changes are empty where it has none. TraceError where one is not as
-    recorded."""
+    recorded, or they contradict each other."""
     found: dict[str, Tensor] = {}
     for columns, leader in ((WINDOW_COLUMNS, "loads"), (TOKEN_COLUMNS, "routes"), (CHANGE_COLUMNS, "change_step")):
         absent = [name for name, column in columns.items() if name not in tensors and not column.optional]
@@ -190,7 +197,59 @@ def check_columns(header: TraceHeader, tensors: Mapping[str, Tensor]) -> dict[st
     _in_range("home", found["home"], header.ep)
     _in_range("change_layer", found["change_layer"], header.num_layers)
     _in_range("change_phy2log", found["change_phy2log"], header.num_logical)
+    check_sums(found)
     return found
+
+
+def check_sums(columns: Mapping[str, Tensor]) -> None:
+    """TraceError where the counts of a part contradict each other: a window's rows are its assignments, which its
+    tokens chose; where the routes of all its tokens are there, they add up to its loads."""
+    loads, rank_loads, num_tokens = columns["loads"], columns["rank_loads"], columns["num_tokens"]
+    for name in ("loads", "rank_loads", "num_tokens", "window_steps"):
+        if (total := float(columns[name].double().sum())) >= _MOST:
+            raise TraceError(f"{name} adds up to {total:.4g}: must be below 2^53. {_AGAIN}")
+    assigned, received = loads.sum(2), rank_loads.sum(2)
+    if place := _first(assigned != received):
+        raise TraceError(
+            f"rank_loads{place} adds up to {int(received[tuple(place)])} rows, loads{place} to "
+            f"{int(assigned[tuple(place)])} assignments: they must be equal. {_AGAIN}"
+        )
+    if place := _first((num_tokens == 0) & (assigned > 0).any(1)):
+        raise TraceError(f"num_tokens{place} is 0, and loads{place} are not: tokens choose experts. {_AGAIN}")
+    if not len(columns["routes"]):
+        return
+    routed = columns["window"].bincount(minlength=len(loads))
+    if place := _first(routed > num_tokens):
+        raise TraceError(
+            f"num_tokens{place} is {int(num_tokens[tuple(place)])}: {int(routed[tuple(place)])} tokens of that window "
+            f"have routes. {_AGAIN}"
+        )
+    counted = loads_of_routes(columns["routes"], columns["window"], loads.shape)
+    whole = (routed == num_tokens).view(-1, 1, 1)
+    if place := _first((counted != loads) & whole):
+        raise TraceError(
+            f"loads{place} is {int(loads[tuple(place)])}: the routes of all its tokens give "
+            f"{int(counted[tuple(place)])}. {_AGAIN}"
+        )
+
+
+def loads_of_routes(routes: Tensor, window: Tensor, shape: Sequence[int]) -> Tensor:
+    """`[W, L, E] int64`, which is `shape`: assignments that `routes [N, L, K]` of tokens of `window [N]` make."""
+    windows, layers, experts = shape
+    counts = torch.zeros(windows * layers * (experts + 1), dtype=torch.int64)
+    for first in range(0, len(routes), _AT_ONCE):
+        ids = routes[first : first + _AT_ONCE].long()
+        ids = torch.where(ids < 0, experts, ids)
+        place = window[first : first + _AT_ONCE].view(-1, 1, 1) * layers + torch.arange(layers).view(1, -1, 1)
+        index = (place * (experts + 1) + ids).flatten()
+        counts.scatter_add_(0, index, torch.ones_like(index))
+    return counts.view(windows, layers, experts + 1)[:, :, :experts].contiguous()
+
+
+def _first(wrong: Tensor) -> list[int]:
+    """The place of the first True; empty where there is none."""
+    places: list[list[int]] = wrong.nonzero()[:1].tolist()
+    return places[0] if places else []
 
 
 def empty_columns(header: TraceHeader, columns: Mapping[str, Column]) -> dict[str, Tensor]:
@@ -209,6 +268,8 @@ def _check(name: str, tensor: Tensor, column: Column, shape: tuple[int, ...]) ->
         raise TraceError(f"{name}{where} is {float(tensor[tuple(where)])}: counts must be whole numbers. Record again.")
     if tensor.dtype != column.dtype:
         raise TraceError(f"{name} is {tensor.dtype}: must be {column.dtype}. Record again.")
+    if tensor.dtype == torch.int64:
+        _in_range(name, tensor, _MOST)
     if tensor.dtype != torch.bool and tensor.numel() and int(tensor.min()) < column.least:
         where = (tensor < column.least).nonzero()[0].tolist()
         raise TraceError(

@@ -32,6 +32,7 @@ from moe_runtime.errors import TraceError
 
 _TRTLLM_META: Final = "meta_info.json"
 _TRTLLM_KEY: Final = re.compile(r"(\d+)_(\d+)")
+_MEGATRON_STAGE, _MEGATRON_BLOCK = "pre_dispatch", "decoder"
 _VLLM_PROMPT, _VLLM_OUTPUT = "prompt_routed_experts", "routed_experts"
 
 
@@ -116,9 +117,12 @@ def read_megatron(files: Sequence[str | Path], *, num_routed: int, model: str = 
     layers that another has (pipeline stages).
     """
     found: dict[tuple[int, int], dict[int, list[Routed]]] = {}
+    others = set[str]()
     for file in files:
         for where, record in _lines(Path(file)):
-            if record.get("stage", "pre_dispatch") != "pre_dispatch" or record.get("block", "decoder") != "decoder":
+            stage, block = record.get("stage", _MEGATRON_STAGE), record.get("block", _MEGATRON_BLOCK)
+            if (stage, block) != (_MEGATRON_STAGE, _MEGATRON_BLOCK):
+                others.add(f"stage {stage!r} of block {block!r}")
                 continue
             try:
                 key, layer = (int(record["step"]), int(record["rank"])), int(record["layer"])
@@ -126,6 +130,11 @@ def read_megatron(files: Sequence[str | Path], *, num_routed: int, model: str = 
             except (KeyError, TypeError, ValueError) as error:
                 raise TraceError(f"{where}: no record of a router: {error!r}. Give Megatron's own files.") from error
             found.setdefault(key, {}).setdefault(layer, []).append(rows)
+    if others and not found:
+        raise TraceError(
+            f"there are only records of {', '.join(sorted(others))}: read is stage {_MEGATRON_STAGE!r} of block "
+            f"{_MEGATRON_BLOCK!r}. Trace that one."
+        )
     layers = sorted({layer for own in found.values() for layer in own})
     pieces = []
     for (step, rank), own in sorted(found.items()):
@@ -202,5 +211,6 @@ def read_trtllm(folder: str | Path, *, model: str = "") -> Trace:
         complete=True,
     )
     loads = torch.stack([torch.stack([counts[step, layer] for layer in layers]) for step in steps])
-    num_tokens = (loads[:, 0].sum(1) // top_k).tolist()
+    assigned = loads.sum(2).amax(1)
+    num_tokens = torch.where(assigned > 0, (assigned // top_k).clamp_min(1), 0).tolist()
     return trace_of_windows(header, Windows(loads, ["mixed"] * len(steps), steps, num_tokens))

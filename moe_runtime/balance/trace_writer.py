@@ -12,7 +12,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moe_runtime.balance.trace_header import HEADER_FILE, TraceHeader, has_trace, write_atomic
+from moe_runtime.balance.files import write_atomic
+from moe_runtime.balance.trace_header import HEADER_FILE, TraceHeader, has_trace
 from moe_runtime.balance.trace_parts import Change, Window, encode_part, part_bytes, part_name, stray_parts
 from moe_runtime.errors import TraceError
 
@@ -56,6 +57,7 @@ class TraceWriter:
         self._changes: list[Change] = []
         self._waiting_bytes = 0
         self._waiting_since = 0.0
+        self._lacks = False
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for file in stray_parts(self._folder):
@@ -91,6 +93,14 @@ class TraceWriter:
         if self._waiting_bytes >= self._part_bytes or now - self._waiting_since >= PART_SECONDS:
             self.flush()
 
+    def drop(self, num_windows: int, num_tokens: int) -> None:
+        """Count windows that were never added, and their tokens with routes: such a trace is never complete. OSError
+        as of any write."""
+        if num_windows:
+            self._lacks = True
+            self._header = _counted(self._header, num_windows, num_tokens)
+            self._write_header()
+
     def flush(self) -> None:
         """Write what is waiting. OSError as of any write."""
         if not self._windows:
@@ -114,9 +124,9 @@ class TraceWriter:
         self._write_header()
 
     def close(self) -> None:
-        """Write what is waiting and mark the trace as complete. OSError as of any write."""
+        """Write what is waiting and mark the trace as complete, unless it lacks windows. OSError as of any write."""
         self.flush()
-        self._header = replace(self._header, complete=True)
+        self._header = replace(self._header, complete=not self._lacks)
         self._write_header()
 
     def _make_room(self, num_bytes: int) -> None:
@@ -145,9 +155,12 @@ def _dropped(header: TraceHeader, part: _Part) -> TraceHeader:
     rows = header.phy2log
     if rows is not None and part.moved:
         rows = tuple([part.moved[layer].row if layer in part.moved else row for layer, row in enumerate(rows)])
+    return _counted(replace(header, phy2log=rows), part.num_windows, part.num_tokens)
+
+
+def _counted(header: TraceHeader, num_windows: int, num_tokens: int) -> TraceHeader:
     return replace(
         header,
-        phy2log=rows,
-        dropped_windows=header.dropped_windows + part.num_windows,
-        dropped_tokens=header.dropped_tokens + part.num_tokens,
+        dropped_windows=header.dropped_windows + num_windows,
+        dropped_tokens=header.dropped_tokens + num_tokens,
     )

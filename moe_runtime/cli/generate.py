@@ -18,6 +18,7 @@ from moe_runtime.api import LLM
 from moe_runtime.cli.console import Advance, Console, count, open_console
 from moe_runtime.cli.next_command import load_command, next_command
 from moe_runtime.cli.prompts import OWN_PROMPTS, Prompt, check_output, own_prompts, read_prompts, write_lines
+from moe_runtime.engine.rebalance_state import REBALANCE_OFF, Activity, RebalanceState
 from moe_runtime.engine.request import CompletionOutput, PositionLogprobs, RequestOutput, SamplingParams
 from moe_runtime.launch.build import LoadProgress, OnProgress
 from moe_runtime.launch.compose import Composed
@@ -164,13 +165,29 @@ def _show_speed(console: Console, llm: LLM, outputs: Sequence[RequestOutput], el
         rows.append(("overlap", f"{cut} of {count(llm.num_steps, 'step')} ran as two micro-batches"))
     if split := snapshot.num_split_steps:
         rows.append(("overlap", f"{split} of {count(llm.num_steps, 'step')} combined in two parts"))
-    if (moves := snapshot.rebalance).num_decisions:
-        slots = f"{count(moves.num_slots_moved, 'slot')} of {count(moves.num_layers_committed, 'layer')} moved, "
-        rows.append(("experts", f"{slots}{format_bytes(moves.moved_bytes)}; last decision: {moves.decision}"))
-    if moves.last_failure is not None:
-        rows.append(("", str(moves.last_failure)))
+    rows += _moves_rows(snapshot.rebalance)
     rows.append(("memory", f"{format_bytes(peak)} at most in this process"))
     console.pairs("speed", rows)
+
+
+def _moves_rows(state: RebalanceState) -> list[tuple[str, str]]:
+    """What became of live rebalancing; nothing where it is off."""
+    if state == REBALANCE_OFF:
+        return []
+    if state.num_decisions:
+        slots = f"{count(state.num_slots_moved, 'slot')} of {count(state.num_layers_committed, 'layer')} moved"
+        text = f"{slots}, {format_bytes(state.moved_bytes)}; last decision: {state.decision}"
+    elif state.activity is Activity.PLANNING:
+        text = "nothing moved: the first decision was still being made"
+    elif state.last_failure is None:
+        steps = count(state.window_steps, "step")
+        text = f"nothing moved: no decision was due after {steps} with tokens (balance.interval_steps)"
+    else:
+        text = "nothing moved: no decision was made"
+    rows = [("experts", text)]
+    if state.last_failure is not None:
+        rows.append(("", str(state.last_failure)))
+    return rows
 
 
 def _show_balance(console: Console, rank_load: Tensor) -> None:

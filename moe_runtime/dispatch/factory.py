@@ -161,6 +161,8 @@ def most_tokens(name: str, spec: DispatchSpec, *, cap_bytes: int) -> int:
         return buffer_bytes(name, with_tokens(spec, tokens)) <= cap_bytes
 
     low, high = 0, spec.max_tokens
+    if fits(high):
+        return high
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

@@ -7,6 +7,7 @@ on the dp axis, each hands the agreed step and its plan to its group on the tp a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,21 +106,18 @@ class RankEngine:
             self.graphs.capture()
 
     def close(self) -> None:
-        """Release what was captured, before the communicators go, and write what was recorded and where experts are.
+        """Release what was captured, before the communicators go, and write what was recorded and where experts are;
+        each also where another one raises. Not collective, and after the last collective: it may wait for a disk.
         Idempotent."""
-        if self.recording is not None:
-            self.recording.close()
-        if self.graphs is not None:
-            self.graphs.close()
-        if self.rebalancer is not None:
-            self.rebalancer.close()
+        with ExitStack() as last_first:
+            for part in (self.rebalancer, self.graphs, self.recording):
+                if part is not None:
+                    last_first.callback(part.close)
 
     def serve(self) -> None:
         """Steps until the owner says stop."""
         while self.step():
             pass
-        if self.rebalancer is not None:
-            self.rebalancer.close()
         if self.fabric is not None:
             self.fabric.close()  # all ranks are here
 

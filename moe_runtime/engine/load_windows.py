@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import logging
 from typing import Final
 
 import torch
@@ -18,38 +18,60 @@ class LoadWindows:
     """One rank's. All ranks call `step` for the same steps and `take` at the same ones.
 
     The loads are wanted after `interval_steps`, which are cut into windows of at least `window_steps`, as far as they
-    are as many. If more steps pass, windows are merged by two. A rank keeps at most MOST_WINDOWS + 1 copies
-    `[L, E] int64` of its counters, where these are.
+    are as many. If more steps pass, windows are merged by two. MOST_WINDOWS + 1 copies `[L, E] int64` of the counters
+    are made room for at the start, where these are. How many windows there are depends on the steps alone: a rank
+    that cannot read its counters gives no tokens to that window, and gives them to the next one.
     """
 
     def __init__(self, recorder: Counts, *, interval_steps: int, window_steps: int) -> None:
         self._recorder = recorder
         parts = max(1, min(MOST_WINDOWS, interval_steps // window_steps))
         self._first_size = -(-interval_steps // parts)
-        self._size, self._open_steps, self._marks = self._first_size, 0, [recorder.counts()]
+        first = recorder.counts()
+        self._marks = first.new_empty(MOST_WINDOWS + 1, *first.shape)
+        self._marks[0].copy_(first)
+        self._size, self._open_steps, self._num_windows = self._first_size, 0, 0
 
     def step(self) -> None:
         """A step with tokens has ended."""
-        if len(self._marks) > MOST_WINDOWS:  # the first mark begins the first window
-            del self._marks[1::2]
+        if self._num_windows == MOST_WINDOWS:
+            for window in range(1, MOST_WINDOWS // 2 + 1):
+                self._marks[window].copy_(self._marks[2 * window])
+            self._num_windows //= 2
             self._size *= 2
         self._open_steps += 1
         if self._open_steps == self._size:
-            self._marks.append(self._recorder.counts())
-            self._open_steps = 0
+            self._end_window()
 
     def take(self, ep: Communicator) -> Tensor:
         """Collective: `[W, L, E] int64`, summed over ranks, of the steps since the last time; 1 <= W <= MOST_WINDOWS.
 
         What is left over is a window of its own, if it has half the steps of one.
         """
-        now = self._recorder.counts()
-        if self._open_steps:
-            if 2 * self._open_steps < self._size and len(self._marks) > 1:
-                self._marks.pop()
-            self._marks.append(now)
-        if len(self._marks) == 1:
-            self._marks.append(now)
-        loads = ep.all_reduce(torch.stack([after - before for before, after in pairwise(self._marks)]))
-        self._size, self._open_steps, self._marks = self._first_size, 0, [now]
+        if 0 < 2 * self._open_steps < self._size and self._num_windows:
+            self._num_windows -= 1
+        if self._open_steps or not self._num_windows:
+            self._end_window()
+        marks, count = self._marks, self._num_windows
+        for window in range(count):
+            torch.sub(marks[window + 1], marks[window], out=marks[window])
+        loads = ep.all_reduce(marks[:count])
+        marks[0].copy_(marks[count])
+        self._size, self._open_steps, self._num_windows = self._first_size, 0, 0
         return loads
+
+    def _end_window(self) -> None:
+        """With a mark of the counters as they are now; as they were, where they cannot be read."""
+        before, mark = self._marks[self._num_windows], self._marks[self._num_windows + 1]
+        mark.copy_(before)
+        try:
+            self._recorder.copy_counts_(mark)
+        except Exception as error:  # noqa: BLE001 - no reason to end serving
+            mark.copy_(before)
+            logging.getLogger(__name__).warning(
+                "rebalance: a rank's tokens of the last %d steps are given to the next window: %s: %s",
+                self._open_steps,
+                type(error).__name__,
+                error,
+            )
+        self._num_windows, self._open_steps = self._num_windows + 1, 0

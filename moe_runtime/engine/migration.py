@@ -11,20 +11,33 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 
 from moe_runtime.balance.decision import Terms
-from moe_runtime.balance.moves import Row, layer_moves, num_rounds, rounds
+from moe_runtime.balance.moves import (
+    ROW_BYTES,
+    Row,
+    busiest_bytes,
+    layer_moves,
+    num_rounds,
+    rounds,
+    rows_of,
+    steps_of_slot,
+)
 from moe_runtime.comm.base import Communicator
 from moe_runtime.engine.mover import LayerMove, MismatchError, Mover
 from moe_runtime.engine.rebalance_state import Stage
 from moe_runtime.errors import CommunicationError, EngineClosedError
 from moe_runtime.parallel.placement import ExpertPlacement, Move
-from moe_runtime.parallel.replicas import LayerTables, ReplicaSelector
+from moe_runtime.parallel.replicas import ReplicaSelector
+from moe_runtime.parallel.table_check import wrong_tables
 
 T = TypeVar("T")
+
+_TRIES: Final = 3
+"""Budgets that a layer's rounds are counted with, at most, where one that would do is sought"""
 
 OnStage = Callable[[Stage, int, int | None], None]
 """(stage, ep rank, MoE layer) as a rank enters a stage; what it raises is that rank's failure."""
@@ -64,15 +77,24 @@ class Migration:
         self._clock = clock
         self._on_stage = on_stage
         self._addresses = list(selector.addresses)
+        self._kept = tuple([table.clone() for table in selector.of_layer(0)])
+        """Room for the maps of the layer that moves, to put them back without taking memory"""
         self._change: LayerMove | None = None
         self._round = 0
         self._began = 0.0
         self._fault: tuple[Stage, str] | None = None
 
     def begin(self, layer: int, old: Row, row: tuple[int, ...]) -> None:
-        """`old`, `row` [P]: the expert of each slot now and afterwards."""
+        """`old`, `row` [P]: the expert of each slot now and afterwards. A rank that cannot begin says so at the first
+        vote, before anything is sent."""
+        self._round, self._fault, self._began = 0, None, self._clock()
+        self._change = LayerMove(layer, row, (), 0, iter(()))
+        self._change = self._try(Stage.SEND, partial(self._moves, layer, old, row)) or self._change
+
+    def _moves(self, layer: int, old: Row, row: tuple[int, ...]) -> LayerMove:
         terms, num_local = self._terms, self._mover.num_local
-        moves = layer_moves(layer, old, row, num_local=num_local, ranks_per_node=terms.ranks_per_node)
+        steps = steps_of_slot(terms.bytes_per_step, slot_bytes=terms.slot_bytes, num_local=num_local)
+        moves = layer_moves(layer, old, row, num_local=num_local, ranks_per_node=terms.ranks_per_node, slot_steps=steps)
         mine = rounds(
             moves,
             slot_bytes=terms.slot_bytes,
@@ -80,8 +102,7 @@ class Migration:
             num_local=num_local,
             rank=self._ep.rank,
         )
-        self._change = LayerMove(layer, row, moves, self._num_rounds(moves, terms.bytes_per_step), mine)
-        self._round, self._fault, self._began = 0, None, self._clock()
+        return LayerMove(layer, row, moves, self._num_rounds(moves, terms.bytes_per_step), mine)
 
     @property
     def progress(self) -> float:
@@ -93,6 +114,8 @@ class Migration:
         change, mover = self._change, self._mover
         assert change is not None, "begun"
         if self._round == 0:
+            if ended := self._against(change):
+                return ended
             self._try(Stage.SEND, partial(mover.copy_local, change))
         if change.num_rounds:
             pieces = next(change.rounds)
@@ -108,25 +131,34 @@ class Migration:
         return self._against(change) or self._commit(change)
 
     def _commit(self, change: LayerMove) -> Ended:
-        """Collective, between two steps: write the slots, check them where they are, and switch the maps; or put the
-        old slots back on all ranks."""
+        """Collective, between two steps: write slots and maps and check both where they are; or put the old ones back
+        on all ranks."""
         mover, undo = self._mover, list[Callable[[], None]]()
-        tables = self._try(Stage.COMMIT, partial(self._tables, change))
         self._try(Stage.COMMIT, partial(mover.swap, change, undo))
         self._try(Stage.COMMIT, partial(mover.check_written, change))
         self._try(Stage.CANARY, partial(mover.check_canary, change))
+        self._try(Stage.COMMIT, partial(self._write_maps, change, undo))
+        self._try(Stage.COMMIT, partial(self._check_maps, change))
         self._try(Stage.COMMIT, self._check_addresses)
         if ended := self._against(change):
             for put_back in undo:
                 put_back()
             return ended
-        assert tables is not None, "no rank has failed"
-        self._selector.write_(change.layer, tables)
         return Ended(change)
 
-    def _tables(self, change: LayerMove) -> LayerTables:
-        placement = ExpertPlacement(torch.tensor([change.row]), self._num_logical, self._ep.size)
-        return self._selector.tables(placement)
+    def _write_maps(self, change: LayerMove, undo: list[Callable[[], None]]) -> None:
+        """What puts the old ones back is added to `undo` before anything is written."""
+        layer, selector = change.layer, self._selector
+        tables = selector.tables(ExpertPlacement(torch.tensor([change.row]), self._num_logical, self._ep.size))
+        for kept, table in zip(self._kept, selector.of_layer(layer), strict=True):
+            kept.copy_(table)
+        undo.append(partial(selector.write_, layer, self._kept))
+        selector.write_(layer, tables)
+
+    def _check_maps(self, change: LayerMove) -> None:
+        """MismatchError where the maps are not those of the row that all ranks agreed on."""
+        if (wrong := wrong_tables(self._selector, change.layer, change.row)) is not None:
+            raise MismatchError(f"replica maps: {wrong}")
 
     def _check_addresses(self) -> None:
         """MismatchError where what captured graphs read has moved."""
@@ -150,7 +182,7 @@ class Migration:
     def _against(self, change: LayerMove) -> Ended | None:
         """Collective: None where no rank has failed and the layer's time is not over; else why, known to all."""
         took_s = self._clock() - self._began
-        if self._ep.rank == 0 and self._fault is None and took_s > self._deadline_s:
+        if self._ep.rank == 0 and self._fault is None and self._round and took_s > self._deadline_s:
             self._fault = (Stage.DEADLINE, self._late(change, took_s))
         fault = self._fault
         if not any(failed for (failed,) in self._ep.exchange((int(fault is not None),))):
@@ -170,11 +202,15 @@ class Migration:
             f"Nearest: balance.deadline_s={math.ceil(took_s * count / done) + 1}"
         )
         in_time = max(1, math.floor(done * self._deadline_s / took_s))
-        whole = self._mover.num_local * self._terms.slot_bytes
-        while budget < whole and self._num_rounds(change.moves, budget) > in_time:
+        num_local, whole = self._mover.num_local, rows_of(self._terms.slot_bytes) * ROW_BYTES
+        least = busiest_bytes(change.moves, slot_bytes=whole, num_local=num_local) / in_time
+        while budget < least:
+            budget *= 2  # less would be late at the busiest rank
+        for _ in range(_TRIES if done < count else 0):
+            if self._num_rounds(change.moves, budget) <= in_time:
+                return f"{text}, or balance.bytes_per_step={budget}."
             budget *= 2
-        fits = done < count and self._num_rounds(change.moves, budget) <= in_time
-        return f"{text}, or balance.bytes_per_step={budget}." if fits else f"{text}."
+        return f"{text}."
 
     def _num_rounds(self, moves: Sequence[Move], bytes_per_step: int) -> int:
         slot_bytes, num_local = self._terms.slot_bytes, self._mover.num_local

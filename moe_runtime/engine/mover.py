@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_runtime.balance.digest import checksum
 from moe_runtime.balance.moves import ROW_BYTES, Piece, Round, rows_per_step
 from moe_runtime.comm.base import Communicator
+from moe_runtime.engine.slot_rows import copy_rows
 from moe_runtime.errors import ConfigError
 from moe_runtime.layers.experts import Experts
 from moe_runtime.parallel.placement import Move
@@ -32,7 +33,7 @@ class MismatchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LayerMove:
-    """What all ranks agreed on for one layer: `row`, the expert of each slot afterwards, and how it gets there."""
+    """What all ranks agreed on for one layer: `row [P]`, the expert of each slot afterwards, and how it gets there."""
 
     layer: int
     row: tuple[int, ...]
@@ -47,9 +48,9 @@ class Mover:
     two steps.
 
     Takes the memory of all migrations at once: one layer's slots more (the staging set), a slot to exchange by way of,
-    and what travels in a step, both ways. What a rank does outside of its own part (collectives, what `swap` leaves to
-    undo it) takes no tensor's memory, so it does not fail for want of it. Raises ConfigError where layers hold their
-    experts in different forms.
+    and what travels in a step, both ways. What a rank does outside of its own part (`exchange`, `exchange_digests`,
+    what `swap` leaves to undo it) takes no tensor's memory, so it does not fail for want of it. Raises ConfigError
+    where layers hold their experts in different forms.
     """
 
     def __init__(self, ep: Communicator, experts: Sequence[Experts], *, bytes_per_step: int) -> None:
@@ -76,6 +77,7 @@ class Mover:
             torch.zeros(most, numbers, dtype=torch.int64, device=self._device) for most in (leaving, arriving)
         )
         self._addresses = self._slot_addresses()
+        self._leaves: tuple[LayerMove | None, dict[int, tuple[Tensor, ...]]] = (None, {})
         self._canary(0, 0)  # what compiles at first use does so now
 
     @property
@@ -110,12 +112,23 @@ class Mover:
                     staged.copy_(part)
 
     def put_out(self, change: LayerMove, pieces: Round) -> None:
-        """What this rank sends of a round into the buffer for it, by target rank."""
+        """What this rank sends of a round into the buffer for it, by target rank; what it passes on is taken from the
+        staging set. A slot's tensors are held while pieces of it leave: those of packed slots are copies."""
+        before, held = self._leaves
+        known = held if before is change else {}
+        leaves: dict[int, tuple[Tensor, ...]] = {}
         at = 0
         for piece in self._pieces(change, pieces, sends=True):
-            parts = self._weights(change).slot_tensors(change.moves[piece.move].source % self._num_local)
-            _copy_rows(parts, piece, self._out[at : at + piece.num_rows], inward=False)
+            move = change.moves[piece.move]
+            slot = move.sender % self._num_local
+            if move.via is not None:
+                parts = self._staging.slot_tensors(slot)
+            else:
+                parts = leaves.get(slot) or known.get(slot) or self._weights(change).slot_tensors(slot)
+                leaves[slot] = parts
+            copy_rows(parts, piece, self._out[at : at + piece.num_rows], inward=False)
             at += piece.num_rows
+        self._leaves = (change, leaves)
 
     def exchange(self, change: LayerMove, pieces: Round) -> None:
         """Collective: a round's rows from buffer to buffer, by source rank. A rank that could not put its own out sends
@@ -128,7 +141,7 @@ class Mover:
         at = 0
         for piece in self._pieces(change, pieces, sends=False):
             rows = self._in[at : at + piece.num_rows]
-            _copy_rows(self._staged(change.moves[piece.move]), piece, rows, inward=True)
+            copy_rows(self._staged(change.moves[piece.move]), piece, rows, inward=True)
             at += piece.num_rows
 
     # Checks
@@ -136,6 +149,7 @@ class Mover:
     def put_digests(self, change: LayerMove) -> None:
         """D numbers of each slot that leaves into the buffer for them, by target rank: its checksums, then those of its
         canary."""
+        self._leaves = (None, {})
         slots = [move.source % self._num_local for move in self._leaving(change)]
         known = {slot: self._digest(change.layer, slot) for slot in set(slots)}
         for number, slot in enumerate(slots):
@@ -208,11 +222,11 @@ class Mover:
 
         def here(piece: Piece) -> int:
             move = change.moves[piece.move]
-            return self._rank_of(move.source if sends else move.target)
+            return self._rank_of(move.sender if sends else move.target)
 
         def there(piece: Piece) -> int:
             move = change.moves[piece.move]
-            return self._rank_of(move.target if sends else move.source)
+            return self._rank_of(move.target if sends else move.sender)
 
         return sorted((piece for piece in pieces if here(piece) == self._ep.rank), key=there)
 
@@ -221,7 +235,7 @@ class Mover:
         send, receive = [0] * self._ep.size, [0] * self._ep.size
         for piece in pieces:
             move = change.moves[piece.move]
-            source, target = self._rank_of(move.source), self._rank_of(move.target)
+            source, target = self._rank_of(move.sender), self._rank_of(move.target)
             if source == self._ep.rank:
                 send[target] += piece.num_rows
             if target == self._ep.rank:
@@ -266,25 +280,3 @@ def _form(weights: ExpertWeights) -> tuple[tuple[tuple[int, ...], str], ...]:
 
 def _checksums(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([checksum(part) for part in parts])
-
-
-def _copy_rows(parts: Sequence[Tensor], piece: Piece, rows: Tensor, *, inward: bool) -> None:
-    """Between the bytes of a slot, its `parts` one after the other, and the rows of a piece of it."""
-    flat = rows.view(-1)
-    for part, begin, end, at in _overlaps(parts, piece.first * ROW_BYTES, piece.last * ROW_BYTES):
-        own, wire = part[begin:end], flat[at : at + end - begin]
-        if inward:
-            own.copy_(wire)
-        else:
-            wire.copy_(own)
-
-
-def _overlaps(parts: Sequence[Tensor], first: int, last: int) -> Iterator[tuple[Tensor, int, int, int]]:
-    """(part as bytes, begin and end in it, offset from `first`) of each part that bytes `first … last` touch."""
-    start = 0
-    for part in parts:
-        data = part.view(-1).view(torch.uint8)
-        begin, end = max(first - start, 0), min(last - start, data.numel())
-        if begin < end:
-            yield data, begin, end, start + begin - first
-        start += data.numel()

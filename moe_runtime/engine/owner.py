@@ -213,7 +213,7 @@ class RequestOwner:
                     handle.abort(now)
                 self._publish(handle)
         if self._snapshot_file is not None:
-            self._snapshot_file.write(self.snapshot())
+            self._snapshot_file.close(self.snapshot())
 
     # Under the lock
 

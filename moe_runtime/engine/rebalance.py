@@ -13,6 +13,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import torch
@@ -21,10 +22,10 @@ from torch import Tensor
 from moe_runtime.balance.decision import Decision, Verdict
 from moe_runtime.balance.schedule import LayerChange
 from moe_runtime.comm.base import Communicator
+from moe_runtime.engine.disk import DiskThread
 from moe_runtime.engine.load_windows import LoadWindows
 from moe_runtime.engine.migration import Migration, OnStage
 from moe_runtime.engine.mover import LayerMove, Mover
-from moe_runtime.engine.placement_saver import PlacementSaver
 from moe_runtime.engine.rebalance_plan import Decide, NoPlan, Planning, Start, heard, in_background
 from moe_runtime.engine.rebalance_state import Activity, Counts, Failure, RebalanceState, Rules, Stage
 from moe_runtime.parallel.placement import ExpertPlacement
@@ -41,12 +42,12 @@ class Rebalancer:
         self,
         ep: Communicator,
         mover: Mover,
+        *,
         selector: ReplicaSelector,
         recorder: Counts,
         placement: ExpertPlacement,
         decide: Decide,
         rules: Rules,
-        *,
         start: Start = in_background,
         clock: Callable[[], float] = time.monotonic,
         on_stage: OnStage = lambda stage, rank, layer: None,
@@ -56,13 +57,14 @@ class Rebalancer:
         self._selector = selector
         self._first = placement
         self._rows: list[tuple[int, ...]] = [tuple(row) for row in placement.phy2log.tolist()]
-        self._decide_apart = decide
+        self._make_decision = decide
         self._rules = rules
         self._clock = clock
         self._on_stage = on_stage
         self._windows = LoadWindows(recorder, interval_steps=rules.interval_steps, window_steps=rules.window_steps)
         self._same_form: bool | None = None
         self._heard_at = 0
+        self._late_plan = False
         self._planning = Planning(start, clock=clock, within_s=rules.deadline_s)
         self._queue: deque[LayerChange] = deque()
         self._migration = Migration(
@@ -75,7 +77,7 @@ class Rebalancer:
             clock=clock,
             on_stage=on_stage,
         )
-        self._saver = PlacementSaver(rules.save)
+        self._saver = DiskThread(rules.save, name="placement-saver")
         self._unsaved = False
         self._closed = False
         self._step = 0
@@ -113,11 +115,13 @@ class Rebalancer:
                 self._move()
 
     def close(self) -> None:
-        """After the last step, also after one that failed: the placement of all committed layers is saved, if that is
-        possible within `rules.deadline_s`. What was moving is left where it was. Not collective. Idempotent."""
+        """After the last step, also after one that failed: a plan that is being made is ended, and the placement of all
+        committed layers saved, if that is possible within `rules.deadline_s`. What was moving is left where it was. Not
+        collective: no rank should wait for another one's disk. Idempotent."""
         if self._closed:
             return
         self._closed = True
+        self._planning.close()
         self._hear_saver()
         self._save()
         if not self._saver.wait(self._rules.deadline_s):
@@ -128,7 +132,8 @@ class Rebalancer:
     # Decide
 
     def _decide(self) -> None:
-        """Collective: the windows' loads go to rank 0, which plans beside the next steps."""
+        """Collective: the windows' loads go to rank 0, which plans beside the next steps. While a late plan still runs,
+        they are kept for the next time."""
         if self._same_form is None:
             forms = self._ep.exchange((zlib.crc32(self._mover.form.encode()),))
             self._same_form = len(set(forms)) == 1
@@ -136,31 +141,37 @@ class Rebalancer:
             self._failed(Stage.PLAN, None, ("ranks hold their experts in different forms: nothing can move",))
             self.state = replace(self.state, activity=Activity.OFF)
             return
+        if self._late_plan:
+            late = heard(self._ep.share(None if self._ep.rank else self._planning.late_tidings(), 0))
+            if isinstance(late, NoPlan):
+                self._no_plan(late)
+                return
         steps, loads = self.state.window_steps, self._windows.take(self._ep)
         self.state = replace(self.state, activity=Activity.PLANNING, window_steps=0)
         if self._ep.rank == 0:
-            self._begin_plan(loads.cpu(), steps)
+            self._planning.begin(partial(self._question, loads, steps))
         self._await_plan()
 
-    def _begin_plan(self, loads: Tensor, steps: int) -> None:
-        now, first = self.placement, self._first
+    def _question(self, loads: Tensor, steps: int) -> Callable[[], Decision]:
+        """On the engine's thread; what it returns is called on the planning one."""
+        loads, now = loads.cpu(), self.placement
 
-        def work() -> Decision:
+        def decide() -> Decision:
             self._on_stage(Stage.PLAN, 0, None)
-            return self._decide_apart(loads, steps, now=now, first=first)
+            return self._make_decision(loads, steps, now=now, first=self._first, cancelled=self._planning.cancelled)
 
-        self._planning.begin(work)
+        return decide
 
     def _await_plan(self) -> None:
         """Collective: rank 0 tells whether there is a decision."""
         found = heard(self._ep.share(None if self._ep.rank else self._planning.tidings(), 0))
         if found is None:
             return
-        self._heard_at = self.state.window_steps
-        self.state = replace(self.state, activity=Activity.WATCHING)
         if isinstance(found, NoPlan):
-            self._failed(found.stage, None, (f"rank 0: {found.reason}",))
+            self._no_plan(found)
             return
+        self._heard_at, self._late_plan = self.state.window_steps, False
+        self.state = replace(self.state, activity=Activity.WATCHING)
         decision, count = replace(found, changes=()), self.state.num_decisions + 1
         self.state = replace(self.state, decision=decision, num_decisions=count)
         self._log(logging.INFO, f"step {self._step}: {found}")
@@ -169,6 +180,15 @@ class Rebalancer:
             count = self.state.num_migrations + 1
             self.state = replace(self.state, activity=Activity.MOVING, num_migrations=count, promised=found.predicted)
             self._next_layer()
+        else:
+            self.state = replace(self.state, intervals=1)
+
+    def _no_plan(self, why: NoPlan) -> None:
+        self._heard_at, self._late_plan = self.state.window_steps, why.stage is Stage.DEADLINE
+        self.state = replace(self.state, activity=Activity.WATCHING)
+        self._failed(why.stage, None, (f"rank 0: {why.reason}",))
+        if self._late_plan:
+            self._wait_longer()
 
     # Move
 
@@ -212,15 +232,13 @@ class Rebalancer:
         )
 
     def _missed(self) -> None:
-        """A layer's time was over: the next ones would fare alike, so the migration ends, and the next decision waits
-        longer each time."""
-        state = self.state
-        self.state = replace(
-            state,
-            num_layers_dropped=state.num_layers_dropped + len(self._queue),
-            intervals=min(2 * state.intervals, _MOST_INTERVALS),
-        )
+        """A layer's time was over: the next ones would fare alike, so the migration ends."""
+        self.state = replace(self.state, num_layers_dropped=self.state.num_layers_dropped + len(self._queue))
         self._queue.clear()
+        self._wait_longer()
+
+    def _wait_longer(self) -> None:
+        self.state = replace(self.state, intervals=min(2 * self.state.intervals, _MOST_INTERVALS))
 
     # Tell
 
@@ -231,9 +249,13 @@ class Rebalancer:
 
     def _save(self) -> None:
         """On rank 0, where something has changed since: beside the steps."""
-        if self._ep.rank == 0 and self._unsaved:
-            self._unsaved = False
+        if self._ep.rank or not self._unsaved:
+            return
+        try:
             self._saver.offer(self.placement)
+            self._unsaved = False
+        except Exception as error:  # noqa: BLE001 - no memory for it: tried again after the next migration
+            self._failed(Stage.SAVE, None, (f"rank 0: {type(error).__name__}: {error}",))
 
     def _hear_saver(self) -> None:
         if (failure := self._saver.take_failure()) is not None:

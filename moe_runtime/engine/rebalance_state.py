@@ -19,6 +19,9 @@ class Counts(Protocol):
     def counts(self) -> Tensor:
         """[L, E] int64: this rank's tokens per layer and logical expert since the start."""
 
+    def copy_counts_(self, out: Tensor) -> None:
+        """The same into `out`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -55,7 +58,8 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a plan or a layer was abandoned. `layer`: the MoE layer, counted from 0; None for a plan."""
+    """Why a plan or a layer was abandoned, or a placement not saved. `layer`: the MoE layer, counted from 0, if it is
+    of one."""
 
     stage: Stage
     step: int
@@ -64,8 +68,14 @@ class Failure:
     """Of each rank that failed: "rank 3: …"."""
 
     def __str__(self) -> str:
+        why = "; ".join(self.reasons)
+        if self.stage is Stage.SAVE:
+            return (
+                f"the placement was not saved at step {self.step}: {why}. What was saved before stays. See that the "
+                "folder of balance.save_placement is there, may be written to and has room."
+            )
         what = "the plan" if self.layer is None else f"MoE layer {self.layer}"
-        return f"{what} was abandoned at step {self.step} ({self.stage}): {'; '.join(self.reasons)}"
+        return f"{what} was abandoned at step {self.step} ({self.stage}): {why}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +102,8 @@ class RebalanceState:
     num_layers_dropped: int = 0
     """Not begun, because a layer of the same migration missed its deadline"""
     intervals: int = 1
-    """From one decision to the next: twice as many after each deadline missed, at most 8; 1 again after a commit"""
+    """From one decision to the next: twice as many after each deadline missed, by a plan or a layer, at most 8; 1 again
+    after a commit, or a decision in time that moves nothing"""
     promised: float | None = None
     """Utilisation that the last migration was begun for; `decision.utilisation` is what came of it"""
     num_slots_moved: int = 0

@@ -5,8 +5,7 @@ L MoE layers, E logical experts, K top-k, P slots, r rows of an open window, n t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor
 
 from moe_runtime.balance.load import PHASES, LoadRecorder
-from moe_runtime.balance.trace import Change, TraceWriter, Window
+from moe_runtime.balance.trace import Change, Window
 from moe_runtime.comm.base import Communicator
 from moe_runtime.dispatch.base import Phase
 from moe_runtime.engine.plan import ChunkKind, StepPlan
 from moe_runtime.engine.runner import GroupStep
+from moe_runtime.engine.trace_thread import TraceThread
 
 _MARKS: Final = ("request", "position", "step", "is_prompt", "window", "micro_batch")
 """What is known of a token beside its routes; int64 each."""
@@ -45,7 +45,9 @@ class LoadWindow:
     rank_load: Tensor
     """[L, ep] int64 on the CPU: rows received"""
     trace_error: str | None = None
-    """Why the trace ended before the run did"""
+    """Why the trace ended before the run did; told with the windows after"""
+    trace_dropped: int = 0
+    """Windows, of one phase each, that the trace lacks so far because the disk was slower"""
 
 
 @dataclass(slots=True)
@@ -65,8 +67,8 @@ class Recording:
     """One rank's part. All ranks of `ep` call `after` for the same steps, and close their windows at the same ones.
 
     `per_step`: a row for each step, else one for each phase. A window ends after `window_steps` steps with tokens, or
-    earlier where what a rank keeps for it may pass `most_bytes`. `writer`: on ep rank 0 only, if at all; a disk that
-    fails ends the trace, not the run. `placed`: where experts move, the placement of the next step, equal on all ranks.
+    earlier where what a rank keeps for it may pass `most_bytes`. `trace`: on ep rank 0 only, if at all. `placed`: where
+    experts move, the placement of the next step, equal on all ranks.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Recording:
         window_steps: int,
         most_bytes: int,
         per_step: bool = False,
-        writer: TraceWriter | None = None,
+        trace: TraceThread | None = None,
         placed: Callable[[], Rows] = tuple,
     ) -> None:
         self._ep = ep
@@ -87,11 +89,10 @@ class Recording:
         self._window_steps = window_steps
         self._most_bytes = most_bytes
         self._per_step = per_step
-        self._writer = writer
+        self._trace = trace
         self._placed = placed
         self._phy2log = placed()
         self._changes: list[Change] = []
-        self._error: str | None = None
         self._number = 0
         self._rows: list[_Row] = []
         self._num_steps = 0
@@ -110,13 +111,15 @@ class Recording:
             self._note(step, plan, number, num_tokens)
         full = self._num_steps >= self._window_steps or self._num_bytes >= self._most_bytes
         window = self._close_window() if self._num_steps and (full or last) else None
-        if last:
-            self._end_trace(complete=True)
+        if last and self._trace is not None:
+            self._trace.end(complete=True)
         return window
 
     def close(self) -> None:
-        """Write what is waiting, after a failure; communicates nothing. Idempotent."""
-        self._end_trace(complete=False)
+        """Wait until the trace is on disk, for as long as it may; communicates nothing. Call it where no other rank
+        waits for this one. Idempotent."""
+        if self._trace is not None:
+            self._trace.close()
 
     # A step
 
@@ -186,7 +189,9 @@ class Recording:
             )
             for index, row in enumerate(rows)
         ]
-        self._write(windows, tokens, changes)
+        trace = self._trace
+        if trace is not None:
+            trace.add(windows, tokens or None, changes)
         self._number += 1
         return LoadWindow(
             self._number - 1,
@@ -196,7 +201,8 @@ class Recording:
             sum(row.num_tokens for row in rows),
             loads.sum(0),
             rank_loads.sum(0),
-            self._error,
+            None if trace is None else trace.error,
+            0 if trace is None else trace.num_dropped,
         )
 
     def _gather_tokens(self) -> dict[str, Tensor]:
@@ -222,21 +228,6 @@ class Recording:
             like = own.new_empty(count, own.shape[1])
             parts.append(self._ep.recv(like, rank).cpu() if count else like.cpu())
         return _columns(torch.cat(parts), counts, routes.shape)
-
-    # The trace
-
-    def _write(self, windows: list[Window], tokens: Mapping[str, Tensor], changes: list[Change]) -> None:
-        if self._writer is not None:
-            try:
-                self._writer.add(windows, tokens or None, changes)
-            except OSError as error:
-                self._error, self._writer = f"the trace ended at step {windows[-1].last_step}: {error}", None
-
-    def _end_trace(self, *, complete: bool) -> None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            with suppress(OSError):  # what was written stays readable, and is not marked as complete
-                writer.close() if complete else writer.flush()
 
 
 def _marks(plan: StepPlan, step: int, window: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,10 @@ from moe_kernels.scaled import num_blocks
 from moe_models.base import ModelConfig
 
 from moe_runtime.balance.decision import Terms
+from moe_runtime.balance.files import not_writable, write_atomic
 from moe_runtime.balance.moves import ROW_BYTES, rows_of
 from moe_runtime.comm.base import Communicator
-from moe_runtime.config import BalanceConfig, RuntimeConfig
+from moe_runtime.config import RuntimeConfig
 from moe_runtime.dispatch.factory import FABRICS
 from moe_runtime.dispatch.spec import DispatchSpec
 from moe_runtime.engine.mover import Mover
@@ -22,6 +23,7 @@ from moe_runtime.engine.rebalance import Rebalancer
 from moe_runtime.engine.rebalance_state import Counts, Rules
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.planning import PlanRule, decide_apart
+from moe_runtime.launch.recording import without_effect
 from moe_runtime.launch.shuffle import dispatch_names, summed_by_rank
 from moe_runtime.launch.sizing import FP32_BYTES, format_bytes, slot_bytes
 from moe_runtime.layers.experts import Experts
@@ -62,11 +64,11 @@ def make_rebalancer(
     return Rebalancer(
         ep,
         mover,
-        selector,
-        recorder,
-        placement,
-        partial(decide_apart, rule=_rule(config, model, placement), terms=terms, within_s=balance.deadline_s),
-        Rules(
+        selector=selector,
+        recorder=recorder,
+        placement=placement,
+        decide=partial(decide_apart, rule=_rule(config, model, placement), terms=terms, within_s=balance.deadline_s),
+        rules=Rules(
             balance.interval_steps,
             balance.deadline_s,
             terms,
@@ -89,18 +91,17 @@ def rebalance_conflicts(config: RuntimeConfig, model: ModelConfig, spec: Dispatc
     """What the keys of live rebalancing cannot do together with others."""
     balance = config.balance
     if not rebalances(config):
-        yield from _without_effect(balance)
+        names = ["interval_steps", "threshold", "bytes_per_step", "deadline_s"]
+        where = "with balance.rebalance=off"
+        yield from without_effect(balance, names, where=where, remedy="balance.rebalance=on")
     if balance.save_placement is not None:
-        folder = Path(balance.save_placement).absolute().parent
         if not rebalances(config):
             yield ConfigError(
                 f"balance.save_placement={balance.save_placement!r}: no placement changes with balance.rebalance=off. "
                 "Set balance.rebalance=on, or leave it out."
             )
-        elif not folder.is_dir():
-            yield ConfigError(
-                f"balance.save_placement={balance.save_placement!r}: there is no folder {str(folder)!r}. Make it first."
-            )
+        elif (problem := not_writable(balance.save_placement)) is not None:
+            yield ConfigError(f"balance.save_placement={balance.save_placement!r}: {problem}")
     if not rebalances(config):
         return
     if config.ep == 1:
@@ -114,17 +115,13 @@ def rebalance_conflicts(config: RuntimeConfig, model: ModelConfig, spec: Dispatc
             f"balance.rebalance=on with engine.batch_invariant=true: dispatch={by_rank[0]} sums by rank, so bits would "
             f"tell when an expert moved. Set dispatch=all_to_all, or one of the two off."
         )
+    if balance.threshold <= 1 / config.ep < 1:
+        nearest = math.floor(100 / config.ep + 1) / 100
+        yield ConfigError(
+            f"balance.threshold={balance.threshold:g}: ep={config.ep} ranks are always busy for 1/{config.ep} of "
+            f"the time or more, so nothing would ever move. Nearest: balance.threshold={nearest:g}."
+        )
     yield from _too_slow(config, model)
-
-
-def _without_effect(balance: BalanceConfig) -> Iterator[ConfigError]:
-    default = BalanceConfig()
-    for name in ("interval_steps", "threshold", "bytes_per_step", "deadline_s"):
-        if (value := getattr(balance, name)) != getattr(default, name):
-            yield ConfigError(
-                f"balance.{name}={value}: has no effect with balance.rebalance=off. Set balance.rebalance=on, or leave "
-                "it out."
-            )
 
 
 def _too_slow(config: RuntimeConfig, model: ModelConfig) -> Iterator[ConfigError]:
@@ -150,16 +147,5 @@ def _rule(config: RuntimeConfig, model: ModelConfig, placement: ExpertPlacement)
 
 def _save(path: str | None, placement: ExpertPlacement) -> None:
     """Whole or not at all, and on disk when it returns. OSError where the disk refuses."""
-    if path is None:
-        return
-    unfinished = Path(f"{path}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(placement.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    folder = os.open(unfinished.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name
-    finally:
-        os.close(folder)
+    if path is not None:
+        write_atomic(Path(path), placement.to_json().encode(), fsync=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
 from moe_models.base import ModelConfig
@@ -18,17 +20,20 @@ from moe_runtime.config import BalanceConfig, RuntimeConfig
 from moe_runtime.engine.rebalance import Rebalancer
 from moe_runtime.engine.recording import Recording
 from moe_runtime.engine.snapshot_file import SnapshotFile
+from moe_runtime.engine.trace_thread import TraceThread
 from moe_runtime.errors import ConfigError, TraceError
 from moe_runtime.launch.placing import num_dispatched_shared, num_logical_experts
 from moe_runtime.launch.shuffle import overlaps, overlaps_decode, whole_spec
 from moe_runtime.launch.sizing import format_bytes
 from moe_runtime.parallel.placement import ExpertPlacement
 
-_WINDOW_BYTES = 8 * 2**20
+_WINDOW_BYTES: Final = 8 * 2**20
 """What a rank keeps of an open window, steps or routes, before it is ended early."""
-_NAMES_BYTES = 4096
+_NAMES_BYTES: Final = 4096
 """Of a part beside its windows and tokens, at most: names, and the row of a layer whose experts moved."""
-SNAPSHOT_NAME = "snapshot.json"
+SNAPSHOT_NAME: Final = "snapshot.json"
+_DISK_WAIT_S: Final = 30.0
+"""For the trace at the end of a run, and for the last snapshot, at most."""
 
 
 def make_recorder(config: RuntimeConfig, model: ModelConfig, device: torch.device) -> LoadRecorder | None:
@@ -80,9 +85,10 @@ def make_recording(
     balance = config.balance
     if recorder is None or (balance.trace is None and snapshot_path(config) is None):
         return None
-    writer = None
+    trace = None
     if owns and balance.trace is not None:
         writer = TraceWriter(balance.trace, trace_header(config, model, placement), cap_bytes=balance.trace_bytes)
+        trace = TraceThread(writer, within_s=_DISK_WAIT_S)
     return Recording(
         ep,
         recorder,
@@ -90,7 +96,7 @@ def make_recording(
         window_steps=balance.window_steps,
         most_bytes=min(_WINDOW_BYTES, balance.trace_bytes // 4 // (config.ep if recorder.routes is not None else 1)),
         per_step=balance.record == "per_pass",
-        writer=writer,
+        trace=trace,
         placed=tuple if rebalancer is None else lambda: rebalancer.phy2log,
     )
 
@@ -139,13 +145,19 @@ def make_snapshot_file(config: RuntimeConfig, model: ModelConfig) -> SnapshotFil
         "record": config.balance.record,
         "trace": config.balance.trace,
     }
-    return SnapshotFile(path, run)
+    return SnapshotFile(path, run, within_s=_DISK_WAIT_S)
 
 
 def recording_conflicts(config: RuntimeConfig, model: ModelConfig, *, has_weights: bool) -> Iterator[ConfigError]:
     """What the keys of recording cannot do together. `has_weights`: whether the model could be run."""
     balance = config.balance
-    yield from _without_effect(config)
+    yield from _unseen(config)
+    shown, saved = snapshot_path(config), balance.save_placement
+    if shown is not None and saved and os.path.realpath(shown) == os.path.realpath(saved):
+        yield ConfigError(
+            f"balance.save_placement={saved!r}: the snapshot is written to this file too. Give it a file of its own, "
+            f"e.g. balance.save_placement={str(Path(saved).parent / f'placement-{Path(saved).name}')!r}."
+        )
     if balance.trace is None:
         if balance.record in ("per_pass", "per_token"):
             yield ConfigError(
@@ -180,16 +192,26 @@ def _top_k(config: RuntimeConfig, model: ModelConfig) -> int:
     return model.num_experts_per_tok + num_dispatched_shared(config, model)
 
 
-def _without_effect(config: RuntimeConfig) -> Iterator[ConfigError]:
-    balance, default = config.balance, BalanceConfig()
-    if balance.trace is None and balance.trace_bytes != default.trace_bytes:
-        yield ConfigError(
-            f"balance.trace_bytes={balance.trace_bytes}: has no effect without balance.trace. Set balance.trace=FOLDER "
-            "or leave it out."
+def _unseen(config: RuntimeConfig) -> Iterator[ConfigError]:
+    """Keys that say how to write what is written nowhere."""
+    balance = config.balance
+    if balance.trace is None:
+        yield from without_effect(
+            balance, ["trace_bytes"], where="without balance.trace", remedy="balance.trace=FOLDER"
         )
     shown = balance.record != "off" and snapshot_path(config) is not None
-    if not shown and balance.rebalance == "off" and balance.window_steps != default.window_steps:
-        yield ConfigError(
-            f"balance.window_steps={balance.window_steps}: has no effect where loads are neither traced, shown nor "
-            "moved by. Set balance.trace=FOLDER, snapshot_file=FILE or balance.rebalance=on, or leave it out."
+    if not shown and balance.rebalance == "off":
+        yield from without_effect(
+            balance,
+            ["window_steps"],
+            where="where loads are neither traced, shown nor moved by",
+            remedy="balance.trace=FOLDER, snapshot_file=FILE or balance.rebalance=on",
         )
+
+
+def without_effect(balance: BalanceConfig, names: Sequence[str], *, where: str, remedy: str) -> Iterator[ConfigError]:
+    """One error for each of these keys that was set."""
+    default = BalanceConfig()
+    for name in names:
+        if (value := getattr(balance, name)) != getattr(default, name):
+            yield ConfigError(f"balance.{name}={value}: has no effect {where}. Set {remedy}, or leave it out.")

@@ -30,12 +30,19 @@ _FILE_KEYS: Final = ("version", "num_layers", "num_logical_experts", "ep", "phy2
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One slot that changes: `logical` is to be copied from slot `source` (old placement) to slot `target`."""
+    """One slot that changes: `logical` is to be copied from slot `source` (old placement) to slot `target`. `via`: the
+    target of an earlier move of the same layer that passes on what it receives; None where the source sends itself."""
 
     layer: int
     logical: int
     source: int
     target: int
+    via: int | None = None
+
+    @property
+    def sender(self) -> int:
+        """The slot whose rank sends."""
+        return self.source if self.via is None else self.via
 
 
 def num_physical_experts(num_logical: int, *, ep: int, num_redundant: int) -> int:
@@ -167,22 +174,6 @@ class ExpertPlacement:
         first = ep_rank * self.num_local
         return tuple(self.phy2log[layer, first : first + self.num_local].tolist())
 
-    def moves_to(self, other: ExpertPlacement, *, ranks_per_node: int = 8) -> tuple[Move, ...]:
-        """The slots whose expert differs in `other`, each with its cheapest source: same rank, same node, any."""
-        if (self.phy2log.shape, self.num_logical, self.ep) != (other.phy2log.shape, other.num_logical, other.ep):
-            raise ConfigError(
-                f"placement: [L, P]={tuple(self.phy2log.shape)}, ep={self.ep} cannot become "
-                f"{tuple(other.phy2log.shape)}, ep={other.ep}; layers, slots, experts and ep must be equal."
-            )
-        moves = []
-        for layer, target in (self.phy2log != other.phy2log).nonzero().tolist():
-            logical = int(other.phy2log[layer, target])
-            sources = self.log2phy[layer, logical, : int(self.logcnt[layer, logical])].tolist()
-            home = target // self.num_local
-            distance = [_distance(home, source // self.num_local, ranks_per_node) for source in sources]
-            moves.append(Move(layer, logical, sources[distance.index(min(distance))], target))
-        return tuple(moves)
-
     def selector(
         self,
         ep_rank: int,
@@ -203,10 +194,6 @@ class ExpertPlacement:
     ) -> PhysicalRouting:
         """One-off `selector(...).to_physical(...)`; a rank keeps its selector instead."""
         return self.selector(ep_rank, choice=choice, device=routing.expert_ids.device).to_physical(layer, routing)
-
-
-def _distance(rank: int, other: int, ranks_per_node: int) -> int:
-    return (rank != other) + (rank // ranks_per_node != other // ranks_per_node)
 
 
 def _invert(phy2log: Tensor, counts: Tensor) -> Tensor:

@@ -46,14 +46,8 @@ class TableRule:
     ranks_per_node: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerTables:
-    """One layer's tables, on CPU, for `ReplicaSelector.write_`."""
-
-    fixed: Tensor
-    rotating: Tensor
-    replica_counts: Tensor
-    waterfill: Waterfill | None = None
+LayerTables = tuple[Tensor, ...]
+"""One layer's tables: `fixed`, `replica_counts`, then `rotating` and those of `waterfill` where there are such."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,7 +112,7 @@ class ReplicaSelector:
         )
 
     def tables(self, placement: ExpertPlacement) -> LayerTables:
-        """What `write_` puts in place for the only layer of `placement`."""
+        """What `write_` puts in place for the only layer of `placement`; on CPU."""
         rule = self._rule
         assert (placement.num_layers, placement.num_logical, placement.ep) == (1, rule.num_logical, rule.ep)
         made = ReplicaSelector.build(
@@ -129,19 +123,20 @@ class ReplicaSelector:
             device="cpu",
             rewritable=True,
         )
-        turns = made.rotating[0]
-        rotating = made.fixed[0] if turns is None else turns
-        return LayerTables(made.fixed[0], rotating, made.replica_counts[0], made.waterfill)
+        return made.of_layer(0)
+
+    def of_layer(self, layer: int) -> LayerTables:
+        """A layer's tables where they are in memory."""
+        rotating = self.rotating[layer]
+        turns = () if rotating is None else (rotating,)
+        levels = () if self.waterfill is None else tuple([table[layer] for table in self.waterfill.tables])
+        return (self.fixed[layer], self.replica_counts[layer], *turns, *levels)
 
     def write_(self, layer: int, tables: LayerTables) -> None:
         """Rewrite a layer's tables, in place: steps that begin afterwards read the new ones, captured ones too."""
         assert self.rule is not None, "these tables were not made to be rewritten"
-        self.fixed[layer].copy_(tables.fixed)
-        self.replica_counts[layer].copy_(tables.replica_counts)
-        if (rotating := self.rotating[layer]) is not None:
-            rotating.copy_(tables.rotating)
-        if self.waterfill is not None and tables.waterfill is not None:
-            self.waterfill.write_(layer, tables.waterfill)
+        for mine, new in zip(self.of_layer(layer), tables, strict=True):
+            mine.copy_(new)
 
     @property
     def addresses(self) -> Sequence[int]:

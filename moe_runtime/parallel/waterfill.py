@@ -26,7 +26,8 @@ _PLASTIC: Final = 0.7548776662466927
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waterfill:
-    """One rank's tables of all layers; the entry of expert E is where id -1 lands. Rewritten in place by `write_`."""
+    """One rank's tables of all layers; the entry of expert E is where id -1 lands. Those made to be rewritten are
+    (`ReplicaSelector.write_`)."""
 
     slots: Tensor
     """[L, E+1, R] int64, padded with -1."""
@@ -65,11 +66,6 @@ class Waterfill:
             turn=((experts * _PLASTIC + ep_rank * _GOLDEN) % 1.0).to(device),
             ep=placement.ep,
         )
-
-    def write_(self, layer: int, new: Waterfill) -> None:
-        """Put the only layer of `new`, built for the same rank with the same R, in place of `layer`."""
-        for mine, its in zip(self.tables, new.tables, strict=True):
-            mine[layer].copy_(its[0])
 
     @property
     def tables(self) -> tuple[Tensor, ...]:

@@ -25,6 +25,9 @@ def test_counts_real_tokens_by_layer_and_expert() -> None:
     assert counts.tolist() == [[1, 1, 1, 3], [0, 0, 0, 0]]
     recorder.record(0, routing([[0, 1]]))
     assert counts.sum() == 6, "what was read stays as it was"
+    recorder.record(1, routing([[2, -1]]), Phase.DECODE)
+    recorder.copy_counts_(out := torch.full((2, 4), 7))
+    assert torch.equal(out, recorder.counts()) and out.sum() == 9
 
 
 @pytest.mark.parametrize("num_logical", [4, 5])

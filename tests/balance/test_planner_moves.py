@@ -52,10 +52,14 @@ def test_keeping_renames_and_nothing_else(seed: int, nodes: int, shuffle: bool) 
         assert np.array_equal(kept, old.reshape(2, 4, 6))
 
 
+def num_moves(old: ExpertPlacement, new: ExpertPlacement) -> int:
+    return int((old.phy2log != new.phy2log).sum())
+
+
 def test_same_load_moves_nothing() -> None:
     loads, _ = drifted(0)
     first = plan(loads)
-    assert plan(loads, previous=first).moves_to(first) == ()
+    assert num_moves(plan(loads, previous=first), first) == 0
     assert torch.equal(plan(loads, policy="eplb", previous=(eplb := plan(loads, policy="eplb"))).phy2log, eplb.phy2log)
 
 
@@ -64,7 +68,7 @@ def test_a_previous_placement_saves_moves_and_no_balance(groups: int | None) -> 
     before, after = drifted(1)
     old = plan(before, num_groups=groups)
     fresh, beside = plan(after, num_groups=groups), plan(after, num_groups=groups, previous=old)
-    assert len(old.moves_to(beside)) < 0.8 * len(old.moves_to(fresh))
+    assert num_moves(old, beside) < 0.8 * num_moves(old, fresh)
     assert cost(after, beside) <= cost(after, fresh) + 6 * 0.001 + 1e-9
     limit = measures(after[None], slots_of(plan(after, num_groups=groups, policy="eplb")))
     assert (measures(after[None], slots_of(beside)) <= limit + 1e-9).all(), "never worse than eplb"
@@ -75,7 +79,7 @@ def test_a_renamed_eplb_plan_is_as_even_and_moves_less() -> None:
     before, after = drifted(2)
     old = plan(before, policy="eplb")
     fresh, beside = plan(after, policy="eplb"), plan(after, policy="eplb", previous=old)
-    assert len(old.moves_to(beside)) < len(old.moves_to(fresh))
+    assert num_moves(old, beside) < num_moves(old, fresh)
     assert cost(after, beside) == pytest.approx(cost(after, fresh))
 
 
@@ -85,7 +89,7 @@ def test_a_budget_is_kept_and_never_costs_balance(seed: int, budget: int) -> Non
     loads = draw_loads(seed, (2, 3, 24))
     old = ExpertPlacement.uniform(3, 24, ep=8, num_redundant=8)
     new = plan_placement(loads, ep=8, ranks_per_node=4, num_redundant=8, previous=old, move_budget=budget)
-    assert len(old.moves_to(new)) <= budget
+    assert num_moves(old, new) <= budget
     before, after = (objective(measures(loads, slots_of(placement))) for placement in (old, new))
     assert (after <= before + 1e-9).all()
 
@@ -96,14 +100,14 @@ def test_budgets_buy_the_best_first() -> None:
     points = gain_at_moves(after, old, ranks_per_node=4)
     assert [point.fraction for point in points] == [0.05, 0.1, 0.25, 0.5, 1.0]
     full = plan(after, previous=old)
-    assert points[-1].num_moves == len(old.moves_to(full)) > 0
+    assert points[-1].num_moves == num_moves(old, full) > 0
     assert points[-1].gain == pytest.approx(1.0)
     gains = [point.gain for point in points]
     assert gains == sorted(gains)
     for point in points[1:]:
         assert point.num_moves <= point.fraction * points[-1].num_moves
         assert point.gain > point.fraction + 0.05 or point.fraction == 1.0, "the first moves gain more than the last"
-    assert plan(after, previous=old, move_budget=0).moves_to(old) == ()
+    assert num_moves(plan(after, previous=old, move_budget=0), old) == 0
     assert torch.equal(plan(after, previous=old, move_budget=10**6).phy2log, full.phy2log)
 
 
@@ -115,15 +119,15 @@ def test_plans_beside_come_from_one_search(groups: int | None, budget: int | Non
     words = {"ranks_per_node": 4, "num_groups": groups}
     whole, *parts = plans_beside(later, old, move_budget=budget, **words)  # type: ignore[arg-type]
     assert torch.equal(whole.phy2log, plan(later, num_groups=groups, previous=old, move_budget=budget).phy2log)
-    moves = len(whole.moves_to(old))
+    moves = num_moves(whole, old)
     assert len(parts) == sum(moves >= part for part in PARTS) >= 3
     for part, placement in zip(PARTS, parts, strict=False):
-        assert len(placement.moves_to(old)) <= moves // part
+        assert num_moves(placement, old) <= moves // part
         wanted = plan(later, num_groups=groups, previous=old, move_budget=moves // part)
         assert torch.equal(placement.phy2log, wanted.phy2log)
     (alone,) = plans_beside(later, old, policy="eplb", move_budget=budget, **words)  # type: ignore[arg-type]
     assert torch.equal(alone.phy2log, plan(later, num_groups=groups, policy="eplb", previous=old).phy2log)
-    assert plans_beside(loads, old, **words)[0].moves_to(old) == ()  # type: ignore[arg-type]
+    assert num_moves(plans_beside(loads, old, **words)[0], old) == 0  # type: ignore[arg-type]
 
 
 def test_gain_of_nothing_to_gain() -> None:

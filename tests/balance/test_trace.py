@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +305,14 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (part_with(lambda t: t.update(moved(0, [0, 1, 2, 4]))), r"change_phy2log\[0, 3\] is 4: must be below 4"),
     (part_with(lambda t: t.update(moved(0, [0, 1, 2]))), r"change_phy2log is \(1, 3\), the header says \(1, 4\)"),
     (part_with(lambda t: t.update(moved(0, [0, 1, 2, 3], [3, 1]))), r"change_step: must not fall"),
+    (part_with(lambda t: t["rank_loads"].zero_()), r"rank_loads\[0, 0\] adds up to 0 rows, loads\[0, 0\] to 6 assign"),
+    (part_with(lambda t: t["num_tokens"].zero_()), r"num_tokens\[0\] is 0, and loads\[0\] are not: tokens choose"),
+    (part_with(lambda t: t["loads"].fill_(2**62)), r"loads\[0, 0, 0\] is 4611686018427387904: must be below 90071992"),
+    (
+        part_with(lambda t: t["loads"].fill_(2**52)),
+        r"loads adds up to 7.206e\+16: must be below 2\^53\. .* record again",
+    ),
+    (header_with(next_part=10**12), r"part-00001.safetensors is missing \(999999999999 parts are\), 0 to 999999999999"),
 ]
 
 
@@ -332,6 +342,27 @@ def test_routes_are_checked(name: str, value: int, message: str, tmp_path: Path)
         read_trace(tmp_path)
 
 
+def test_routes_give_the_loads(tmp_path: Path) -> None:
+    """Where those of all tokens of a window are there."""
+    loads = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]])
+    honest = replace(window(0, tokens=1), loads=loads, rank_loads=loads.view(L, EP, 2).sum(2))
+    columns = tokens([[[0, 1], [2, 3]]], [0])
+    wrong = {**columns, "routes": torch.tensor([[[0, 1], [2, 2]]], dtype=torch.int16)}
+    cases = [
+        (honest, columns, ""),
+        (replace(honest, num_tokens=2), wrong, ""),
+        (honest, wrong, r"loads\[0, 1, 2\] is 1: the routes of all its tokens give 2\. .* record again"),
+        (honest, tokens([[[0, 1], [2, 3]]] * 2, [0, 0]), r"num_tokens\[0\] is 1: 2 tokens of that window have routes"),
+    ]
+    for number, (own, routes, message) in enumerate(cases):
+        folder = tmp_path / str(number)
+        writer = TraceWriter(folder, TOKEN_HEADER)
+        writer.add([own], routes)
+        writer.close()
+        with pytest.raises(TraceError, match=message) if message else nullcontext():
+            assert read_trace(folder).num_windows == 1
+
+
 def test_older_traces_are_read(tmp_path: Path) -> None:
     """The first ones had neither the choice of replicas nor micro-batches."""
     writer = TraceWriter(tmp_path, TOKEN_HEADER)
@@ -355,11 +386,11 @@ def test_a_change_that_is_no_placement_is_told(tmp_path: Path) -> None:
 
 def test_a_trace_of_another_model_is_told(tmp_path: Path) -> None:
     trace: Trace = read_trace(written(tmp_path))
-    trace.check_model(num_layers=L, num_logical=E, model="small")
+    trace.check_model(num_layers=L, num_logical=E, top_k=K)
     with pytest.raises(TraceError, match=r"a trace of 'small' with num_logical=4, .* num_logical=8: .*shared_experts"):
         trace.check_model(num_layers=L, num_logical=8)
-    with pytest.raises(TraceError, match=r"model=large: they must be equal. Record a trace of this model"):
-        trace.check_model(num_layers=L, num_logical=E, model="large")
+    with pytest.raises(TraceError, match=r"this model has top_k=3: they must be equal. Record a trace of this model"):
+        trace.check_model(num_layers=L, num_logical=E, top_k=3)
     with pytest.raises(TraceError, match=r"phase='prefill': must be one of decode, mixed"):
         trace.of_phase("prefill")
 

@@ -122,6 +122,9 @@ def test_megatron_files_are_checked(tmp_path: Path) -> None:
     file.write_text(record(0, 3, 0, routes(2, 0)[:, 0])[:-9])
     with pytest.raises(TraceError, match=r"r.jsonl', line 1: no JSON: .*cut short"):
         read_megatron([file], num_routed=E)
+    file.write_text(record(0, 3, 0, routes(2, 0)[:, 0], block="mtp", mtp_idx=0))
+    with pytest.raises(TraceError, match=r"only records of stage 'pre_dispatch' of block 'mtp': read is stage"):
+        read_megatron([file], num_routed=E)
     file.write_text('{"step": 1}\n')
     with pytest.raises(TraceError, match=r"line 1: no record of a router: KeyError\('rank'\)"):
         read_megatron([file], num_routed=E)
@@ -149,6 +152,13 @@ def test_trtllm(tmp_path: Path) -> None:
     assert trace.num_tokens.tolist() == [6, 6]
     assert trace.rank_loads.tolist() == [[[18]] * 2, [[20]] * 2]
     assert (trace.header.mode, trace.header.source, len(trace.routes)) == ("per_pass", "tensorrt_llm", 0)
+
+
+def test_trtllm_counts_of_a_few_assignments(tmp_path: Path) -> None:
+    """They need a token, though less than its top-k were counted in a layer."""
+    few = torch.tensor([0, 0, 0, 0, 0, 1])
+    changed = {"100_3": torch.zeros(E, dtype=torch.int64), "100_4": few, "101_3": few - few, "101_4": few - few}
+    assert read_any(trtllm(tmp_path, lambda counts: counts.update(changed))).num_tokens.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,19 @@ def inline(work: Callable[[], Decision]) -> Future[Decision]:
 def forced(rows: dict[int, Row]) -> Decision:
     """Move these layers, whatever the loads say."""
     changes = tuple([LayerChange(layer, tuple(row), 1, 0, 1.0) for layer, row in rows.items()])
-    return Decision(Verdict.MOVE, 1, 1, 0.5, 0.5, 0.9, 0.9, len(changes), len(changes), 0, 1.0, changes)
+    return Decision(
+        verdict=Verdict.MOVE,
+        steps=1,
+        num_tokens=1,
+        utilisation=0.5,
+        without=0.5,
+        planned=0.9,
+        predicted=0.9,
+        num_layers=len(changes),
+        num_moves=len(changes),
+        saved_bytes_per_step=1.0,
+        changes=changes,
+    )
 
 
 def expert(layer: int, logical: int, shape: tuple[int, int], dtype: torch.dtype) -> tuple[OneSlot, OneSlot]:
@@ -64,6 +76,9 @@ class Fixed:
 
     def counts(self) -> Tensor:
         return self.loads
+
+    def copy_counts_(self, out: Tensor) -> None:
+        out.copy_(self.loads)
 
 
 @dataclass
@@ -121,18 +136,20 @@ class MovingWorld:
         return Rebalancer(
             ep,
             mover,
-            self.selectors[rank],
-            recorder,
-            self.placement,
-            partial(self._decide, terms=terms),
-            Rules(1, self.deadline_s, terms, self.saved.append),
+            selector=self.selectors[rank],
+            recorder=recorder,
+            placement=self.placement,
+            decide=partial(self._decide, terms=terms),
+            rules=Rules(1, self.deadline_s, terms, self.saved.append),
             start=inline,
             clock=lambda: self.now,
             on_stage=on_stage,
         )
 
     @staticmethod
-    def _decide(loads: Tensor, steps: int, *, now: ExpertPlacement, first: ExpertPlacement, terms: Terms) -> Decision:
+    def _decide(
+        loads: Tensor, steps: int, *, now: ExpertPlacement, first: ExpertPlacement, terms: Terms, **_: object
+    ) -> Decision:
         """Here and at once; tests put other decisions into `decide`'s place."""
         return decide(loads, steps, now=now, first=first, plan=lambda *_: [now], terms=terms)
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from itertools import count
 from typing import Any, Final
 
 import pytest
 import torch
 from torch import Tensor
 
-from moe_runtime.balance.decision import Decision
 from moe_runtime.balance.moves import layer_moves, num_rounds
 from moe_runtime.comm.virtual import VirtualCommunicator
-from moe_runtime.engine.placement_saver import PlacementSaver
-from moe_runtime.engine.rebalance_plan import Planning, heard, in_background
+from moe_runtime.engine.disk import DiskThread
 from moe_runtime.engine.rebalance_state import Activity, Stage
 from moe_runtime.errors import CommunicationError
 from moe_runtime.parallel.placement import ExpertPlacement
@@ -154,7 +152,7 @@ def test_a_rank_that_fails_at_a_stage(make: Make, decided: None, stage: Stage, r
 
 def test_every_commit_stage_is_undone(make: Make, decided: None) -> None:
     """Fail at the n-th thing that a rank does for a layer, for every n: never a mixture."""
-    for number in range(11):
+    for number in count():
         seen: list[Stage] = []
 
         def fail(stage: Stage, rank: int, layer: int | None, seen: list[Stage] = seen, number: int = number) -> None:
@@ -169,7 +167,9 @@ def test_every_commit_stage_is_undone(make: Make, decided: None) -> None:
         assert state.num_layers_abandoned == failed, seen
         world.check([OLD[0] if failed else NEW[0], *NEW[1:]])
         world.cluster.close()
-    assert not failed and len(seen) == 10, "the last run has no fault left to inject"
+        if not failed:
+            break
+    assert len(seen) >= 11, "the last run has no fault left to inject"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_layer_that_takes_too_long_ends_its_migration(make: Make, decided: Non
     assert waited == [1, 2, 4, 8, 8]
     assert (state.num_layers_abandoned, state.num_layers_dropped, state.num_layers_committed) == (5, 10, 0)
     assert state.last_failure is not None and state.last_failure.stage is Stage.DEADLINE
-    count = num_rounds(layer_moves(0, OLD[0], NEW[0], num_local=2, ranks_per_node=2), **BUDGET)
+    count = num_rounds(layer_moves(0, OLD[0], NEW[0], num_local=2, ranks_per_node=2, slot_steps=2), **BUDGET)
     assert state.last_failure.reasons == (
         f"rank 0: round 2 of {count} after balance.deadline_s=5, with balance.bytes_per_step=4096. "
         f"Nearest: balance.deadline_s={math.ceil(5.1 * count / 2) + 1}, or balance.bytes_per_step=16384.",
@@ -276,80 +276,7 @@ def test_a_rank_that_does_not_come_is_named(make: Make, decided: None) -> None:
         world.cluster.run(lambda rank: None if rank == 2 else world.ranks[rank].advance(1, worked=True))
 
 
-# Plans
-
-
-def test_a_planner_that_fails(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise ValueError("no plan today")
-
-    monkeypatch.setattr(moving_world, "decide", fail)
-    world = make(OLD)
-    state = world.step()
-    assert state.activity is Activity.WATCHING and state.last_failure is not None
-    assert str(state.last_failure) == "the plan was abandoned at step 0 (plan): rank 0: ValueError: no plan today"
-    world.check(OLD)
-    assert world.step().activity is Activity.WATCHING, "and it is tried again"
-
-
-def test_a_plan_is_made_beside_the_steps(make: Make, decided: None) -> None:
-    go = threading.Event()
-    world = make(OLD, on_stage=lambda stage, rank, layer: go.wait(30) and None if stage is Stage.PLAN else None)
-    for rank in world.ranks:
-        rank._planning.start = in_background
-    assert [world.step().activity for _ in range(3)] == [Activity.PLANNING] * 3
-    go.set()
-    while world.step().activity is Activity.PLANNING:
-        pass
-    assert world.state.window_steps > 2, "their tokens are part of the next decision's loads"
-    planned = world.state.window_steps
-    while world.ranks[0].moving:
-        world.step(worked=False)
-    assert (world.state.num_migrations, world.state.num_decisions, world.state.window_steps) == (1, 1, planned)
-    assert world.step(worked=False).activity is Activity.WATCHING, "the interval begins with the decision"
-    assert world.step().activity is not Activity.WATCHING
-
-
-def test_a_plan_that_is_late_is_left_alone() -> None:
-    """And no other begins beside it."""
-    now, begun = [0.0], list[Future[Decision]]()
-
-    def start(work: Callable[[], Decision]) -> Future[Decision]:
-        begun.append(Future())
-        return begun[-1]
-
-    planning = Planning(start, clock=lambda: now[0], within_s=2.0)
-    planning.begin(lambda: forced({}))
-    assert planning.tidings() == b""
-    now[0] = 2.5
-    assert b"no plan within balance.deadline_s=2. Raise balance.deadline_s, e.g. to 5" in planning.tidings()
-    now[0] = 9.0
-    planning.begin(lambda: forced({}))
-    assert b"the plan begun 9 s ago still runs, after balance.deadline_s=2. Raise" in planning.tidings()
-    assert len(begun) == 1
-    begun[0].set_result(forced({}))
-    planning.begin(lambda: forced({}))
-    assert len(begun) == 2 and planning.tidings() == b"", "the late one has ended, and nobody wants it"
-    begun[1].set_result(forced({0: NEW[0]}))
-    assert heard(planning.tidings()) == forced({0: NEW[0]})
-
-
-def test_what_decides_is_the_window(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loads of all ranks since the last decision, and the placement as it is now."""
-    seen = []
-
-    def note(loads: Tensor, steps: int, **kwargs: Any) -> Any:
-        seen.append((loads.clone(), steps, kwargs["now"].phy2log.tolist(), kwargs["first"].phy2log.tolist()))
-        return forced({0: NEW[0]})
-
-    monkeypatch.setattr(moving_world, "decide", note)
-    world = make(OLD)
-    for rank in world.ranks:
-        rank._windows._recorder.loads = rank._windows._recorder.loads * 3  # type: ignore[attr-defined]
-    world.migrate()
-    world.migrate()
-    assert (seen[0][0] == 4 * 2).all() and (seen[1][0] == 0).all()
-    assert seen[0][2:] == (OLD, OLD) and seen[1][2:] == ([NEW[0], *OLD[1:]], OLD)
+# What goes wrong beside a migration
 
 
 def test_ranks_with_other_forms_of_weights_move_nothing(make: Make, decided: None) -> None:
@@ -385,7 +312,8 @@ def test_no_thread_for_a_placement(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    saver, written = PlacementSaver(lambda placement: written.append(placement)), list[ExpertPlacement]()
+    written = list[ExpertPlacement]()
+    saver = DiskThread(written.append, name="placement-saver")
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", none_left)
         saver.offer(placement := ExpertPlacement(torch.tensor([[0, 1]]), 2, 2))
@@ -402,10 +330,10 @@ def test_a_disk_that_hangs_holds_nobody_up(make: Make, decided: None) -> None:
         go.wait(30)
         written.append(int(placement.phy2log[0, 0]))
 
-    saver = PlacementSaver(write)
+    saver = DiskThread(write, name="placement-saver")
     for expert in range(4):
         saver.offer(ExpertPlacement(torch.tensor([[expert, *(set(range(4)) - {expert})]]), 4, 2))
-        while expert == 0 and saver._next is not None:
+        while expert == 0 and saver._waiting:
             pass
     assert not saver.wait(0.01) and threading.active_count() < 10
     world = make(OLD, deadline_s=0.01)

@@ -201,8 +201,7 @@ def test_slots_are_written_and_read(hidden: int, width: int, dtype: torch.dtype)
         held.write_slot_(slot, w13=w13[slot], w2=w2[slot])
     assert held.num_bytes == w13.nbytes + w2.nbytes
     for slot in range(3):
-        got13, got2 = held.read_slot(slot)
-        assert isinstance(got13, Tensor) and isinstance(got2, Tensor)
+        got13, got2 = held.slot_tensors(slot)
         assert torch.equal(got13, w13[slot])
         assert torch.equal(got2, w2[slot])
     x, psum = torch.randn(6, hidden).to(dtype), torch.tensor([2, 2, 6], dtype=torch.int32)
@@ -210,8 +209,8 @@ def test_slots_are_written_and_read(hidden: int, width: int, dtype: torch.dtype)
     assert torch.equal(expert_mlp_ragged(x, held, psum=psum), want)
     last = held.slots(1, 3)
     assert (last.num_slots, last.hidden, last.num_bytes) == (2, hidden, held.num_bytes * 2 // 3)
-    for ours, whole in zip(last.read_slot(1), held.read_slot(2), strict=True):
-        assert isinstance(ours, Tensor) and isinstance(whole, Tensor) and torch.equal(ours, whole)
+    for ours, whole in zip(last.slot_tensors(1), held.slot_tensors(2), strict=True):
+        assert torch.equal(ours, whole)
     torch.testing.assert_close(expert_mlp_ragged(x[2:], last, psum=psum[1:] - 2), want[2:])
 
 
@@ -227,8 +226,7 @@ def test_slots_are_taken_or_left(hidden: int, width: int, monkeypatch: pytest.Mo
     before = [] if not held.is_fixed else [part.data_ptr() for part in held.slot_tensors(1)]
 
     def holds(w13: Tensor, w2: Tensor) -> bool:
-        got = held.read_slot(1)
-        return all(isinstance(x, Tensor) and torch.equal(x, y) for x, y in zip(got, (w13, w2), strict=True))
+        return all(torch.equal(x, y) for x, y in zip(held.slot_tensors(1), (w13, w2), strict=True))
 
     def lacking(failing: int) -> None:
         calls = [0]
@@ -251,7 +249,7 @@ def test_slots_are_taken_or_left(hidden: int, width: int, monkeypatch: pytest.Mo
     assert holds(b13[1], b2[1])
     back()
     assert holds(a13[1], a2[1])
-    assert torch.equal(held.read_slot(0)[0], a13[0])  # type: ignore[arg-type]
+    assert torch.equal(held.slot_tensors(0)[0], a13[0])
     assert not before or before == [part.data_ptr() for part in held.slot_tensors(1)]
 
 

@@ -96,9 +96,7 @@ def test_dispatched_shared_experts_are_read_slice_by_slice(folder: Path) -> None
     stem = "model.layers.1.mlp.shared_experts."
     gate, up, down = (checkpoint.read(f"{stem}{name}_proj.weight") for name in ("gate", "up", "down"))
     for shared, cut in enumerate(cuts):
-        w13, w2 = layer.experts.weights.read_slot(ROUTED + shared)
-        assert isinstance(w13, torch.Tensor)
-        assert isinstance(w2, torch.Tensor)
+        w13, w2 = layer.experts.weights.slot_tensors(ROUTED + shared)
         assert torch.equal(w13, torch.cat((gate[cut], up[cut])))
         assert torch.equal(w2, down[:, cut])
 

@@ -147,9 +147,9 @@ def test_what_is_kept_is_what_is_stored(folder: Path) -> None:
     assert isinstance(layer, MoELayer)
     stem = "model.layers.1.mlp.experts.4."  # slot 0 of rank 1
     gate, up, second = (stored(f"{stem}{name}_proj") for name in ("gate", "up", "down"))
-    w13, w2 = layer.experts.weights.read_slot(0)
-    same(w13, BlockScaled(torch.cat((gate.data, up.data)), torch.cat((gate.scale, up.scale))))
-    same(w2, second)
+    w13, scale13, w2, scale2 = layer.experts.weights.slot_tensors(0)
+    same(BlockScaled(w13, scale13), BlockScaled(torch.cat((gate.data, up.data)), torch.cat((gate.scale, up.scale))))
+    same(BlockScaled(w2, scale2), second)
     assert isinstance(layer.shared, ScaledMLP)
     assert isinstance(model.blocks[0].ffn, ScaledMLP)
 

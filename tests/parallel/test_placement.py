@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.errors import ConfigError
-from moe_runtime.parallel.placement import ExpertPlacement, Move, expected_load, num_physical_experts
+from moe_runtime.parallel.placement import ExpertPlacement, expected_load, num_physical_experts
 from moe_runtime.parallel.replicas import ReplicaChoice
 from moe_runtime.types import NOWHERE, LogicalRouting
 
@@ -142,16 +142,6 @@ def test_static_spreads_ranks_over_replicas(stride: int, replicas: int) -> None:
     chosen = [int(placement.selector(rank).fixed[0, 0]) for rank in ranks]
     counts = [chosen.count(slot) for slot in range(replicas)]
     assert max(counts) - min(counts) <= 4, counts
-
-
-def test_moves_take_the_closest_source() -> None:
-    old = of_rows([[0, 1, 2, 0, 1, 2, 0, 1]], num_logical=3, ep=4)
-    new = of_rows([[0, 2, 2, 0, 1, 2, 0, 2]], num_logical=3, ep=4)
-    assert old.moves_to(old) == ()
-    # Slot 1 (rank 0): expert 2 lies on rank 1 (slot 2) of the same node; slot 7 (rank 3): on rank 2 (slot 5).
-    assert old.moves_to(new, ranks_per_node=2) == (Move(0, 2, 2, 1), Move(0, 2, 5, 7))
-    with pytest.raises(ConfigError, match="must be equal"):
-        old.moves_to(of_rows([[0, 1, 2, 0]], num_logical=3, ep=4))
 
 
 def test_file_round_trip_and_misfits(tmp_path: Path) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from moe_tools.expert_load import analysis
+from moe_tools.expert_load import analysis, pictures
 from moe_tools.expert_load.analysis import balance_of, candidates, hot_experts, predicted_rank_loads, spans
 from moe_tools.expert_load.document import make_document
-from moe_tools.expert_load.facts import Facts, find_facts
+from moe_tools.expert_load.facts import Facts, facts_of, find_model
+from moe_tools.expert_load.pairs import pairs
 from moe_tools.expert_load.planning import compare, make_plan
-from moe_tools.expert_load.routes import pairs
+from moe_tools.expert_load.summary import show_comparison, show_summary
 from moe_tools.expert_load.traffic import Traffic, by_node
 
 from moe_runtime.balance.planner import rank_loads
 from moe_runtime.balance.replay import replay
+from moe_runtime.cli.console import PlainConsole
 from moe_runtime.config import RuntimeConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.parallel.placement import ExpertPlacement
@@ -111,6 +114,14 @@ def test_pairs_find_what_belongs_together() -> None:
     assert found.together[place[0], place[1]] == both
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_independent_choices_are_no_pairs(seed: int) -> None:
+    routes = np.random.default_rng(seed).random((3000, 1, 256)).argsort(axis=-1)[..., :8].astype(np.int16)
+    assert pairs(routes, 0, 256, shown=4, top=12).top == ()
+    routes[:40, 0, :2] = [3, 4]
+    assert [pair[:2] for pair in pairs(routes, 0, 256, shown=4, top=12).top] == [(3, 4)]
+
+
 def test_pairs_ignore_what_goes_nowhere() -> None:
     routes = np.full((20, 1, 2), -1, dtype=np.int16)
     routes[:, 0, 0] = 3
@@ -162,8 +173,10 @@ def test_document_without_routes_or_placement_or_model(tmp_path: Path) -> None:
 
 def test_bytes_of_the_demo_model() -> None:
     """Hidden 128 and width 32 in fp32 on a CPU: 512 bytes a row, three matrices an expert."""
-    assert find_facts(RuntimeConfig(model="demo")) == Facts(512, 3 * 128 * 32 * 4)
-    assert find_facts(RuntimeConfig(model="not here")) is None
+    config = RuntimeConfig(model="demo")
+    model = find_model(config)
+    assert model is not None and facts_of(config, model) == Facts(512, 3 * 128 * 32 * 4)
+    assert find_model(RuntimeConfig(model="not here")) is None
 
 
 def test_plan_for_the_recorded_slots_moves_within_its_budget(tmp_path: Path) -> None:
@@ -171,11 +184,35 @@ def test_plan_for_the_recorded_slots_moves_within_its_budget(tmp_path: Path) -> 
     before = trace.header.placement()
     assert before is not None
     plan = make_plan(trace, num_redundant=0, move_budget=4)
-    assert 0 < len(before.moves_to(plan)) <= 4
+    assert 0 < int((before.phy2log != plan.phy2log).sum()) <= 4
     assert make_plan(trace).num_physical == EXPERTS + EP
     assert make_plan(trace, ep=8, num_redundant=0).ep == 8
     with pytest.raises(ConfigError, match="nothing to move from"):
         make_plan(trace, num_redundant=4, move_budget=4)
+
+
+def test_a_plan_for_other_ranks_stands_beside_no_balancing_on_as_many(tmp_path: Path) -> None:
+    """What 3 ranks use of their time says nothing about 4."""
+    trace = write_trace(tmp_path)
+    plan = make_plan(trace, ep=3)
+    document = make_document(trace, plan=plan, plan_name="A plan", facts=Facts(256, 1000))
+    none = document.candidates[0]
+    assert [own.ep for own in document.candidates] == [3, EP, 3]
+    assert [own.name for own in document.candidates] == [
+        "No balancing, 3 ranks",
+        "As recorded, 4 ranks",
+        "Planned, 3 ranks",
+    ]
+    plain = ExpertPlacement.uniform(LAYERS, EXPERTS, ep=3)
+    assert np.array_equal(none.rank_loads, rank_loads(trace.loads, plain).numpy())
+    assert [own.traffic.exact for own in document.candidates] == [False, True, False]
+    assert document.data["placements"][0]["rank_bytes"] == plain.num_local * LAYERS * 1000
+    assert [own.name for own in candidates(trace, make_plan(trace))] == ["No balancing", "As recorded", "Planned"]
+    text = StringIO()
+    show_summary(PlainConsole(text), document)
+    assert "the plan is for 3: compare it with no balancing on 3" in text.getvalue()
+    scales = pictures._scales(document.data)
+    assert scales["none"] == scales["plan"] != scales["recorded"]
 
 
 def test_compare(tmp_path: Path) -> None:
@@ -185,6 +222,12 @@ def test_compare(tmp_path: Path) -> None:
     assert found.exact
     assert found.same_routing
     assert found.off_by() == 0
+    planned = candidates(before, SPARE)[-1]
+    assert found.used() == (planned.used, planned.used), "what plan promises, and not that of the sums"
+    text = StringIO()
+    show_comparison(PlainConsole(text), found)
+    used = f"{100 * planned.used:.0f} %"
+    assert f"{used} used as predicted, {used} as measured" in text.getvalue()
     other = write_trace(tmp_path / "c", placement=SPARE, routes=random_routes(seed=1))
     found = compare(before, SPARE, other, choice=ReplicaChoice.STATIC)
     assert not found.same_routing
@@ -211,9 +254,11 @@ def test_exact_is_what_a_replay_has_shown(tmp_path: Path, choice: ReplicaChoice)
     assert found[1].traffic.ranks.tolist() == counted.copies.tolist()
     assert found[2].rank_loads.tolist() == replay(trace, found[2].placement, choice=choice).rank_loads.tolist()
     other = replace(trace, rank_loads=trace.rank_loads.roll(1, 2))
+    assert [own.traffic.exact for own in candidates(other, make_plan(trace))] == [False] * 3
+    assert not predicted_rank_loads(other, SPARE)[1]
+    unplaced = without_placement(other)
     by_token = choice in (ReplicaChoice.STATIC, ReplicaChoice.NEAREST)
-    assert [own.traffic.exact for own in candidates(other, make_plan(trace))] == [by_token, False, by_token]
-    assert predicted_rank_loads(other, SPARE)[1] == by_token
+    assert predicted_rank_loads(unplaced, SPARE)[1] == by_token, "nothing to compare with"
 
 
 def test_what_would_take_too_long_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 from moe_tools.expert_load.words import COMMANDS, parse_words
+from moe_tools.outputs import check_output
 
 from moe_runtime.cli.next_command import load_command, next_command
+from moe_runtime.errors import ConfigError
 from moe_runtime.launch.compose import compose
 from moe_runtime.parallel.placement import ExpertPlacement
 from tests.tools.expert_load_cli import next_words, refused, run
@@ -94,6 +97,12 @@ def test_report_and_plan_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["recrod"], "Did you mean 'record'"),
         (["plan", "output=p.json"], "trace= is missing"),
         (["plan", "trace={load}", "output={load}"], "is a folder"),
+        (["plan", "trace={load}", "output={load}/trace.json"], "would overwrite what belongs to the trace in"),
+        (["plan", "trace={load}", "output={load}/snapshot.json"], "would overwrite what belongs to the trace in"),
+        (["report", "trace={load}", "output={load}/part-00009.safetensors"], "is the ending of parts of traces"),
+        (["report", "ep=2", "output={load}/trace.json"], "would overwrite what belongs to the trace in"),
+        (["report", "trace={load}", "plan={bad}", "output={bad}"], "would overwrite what this command reads"),
+        (["record", "output=/proc/x"], "no folder can be made in /proc"),
         (["plan", "trace={load}", "output=p.json", "ep=x"], "whole number"),
         (["plan", "trace={load}", "output=p.json", "move_budget=-1"], "whole number of at least 0"),
         (["plan", "trace={load}", "output=p.json", "model=other"], "no such folder"),
@@ -110,6 +119,7 @@ def test_report_and_plan_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["record", "requests=3", "output={none}"], "workload=synthetic"),
         (["record", "workload=zipf", "output={none}"], "prompts, synthetic"),
         (["compare", "trace={load}"], "plan= is missing"),
+        (["compare", "trace={bad}", "plan={bad}"], "is no recording of this tool, and compare needs one"),
         (["apply", "plan={bad}", "output={none}"], "exactly the keys"),
         (["top"], "which engine"),
         (["top", "trace={load}"], "cannot be read"),
@@ -121,6 +131,37 @@ def test_bad_input(words: list[str], said: str, tmp_path: Path, capsys: pytest.C
     (tmp_path / "bad").write_text("{}", encoding="utf-8")
     places = {name: str(tmp_path / name) for name in ("load", "none", "bad")}
     assert said in refused(capsys, *(word.format_map(places) for word in words))
+
+
+def test_no_output_replaces_what_is_read(tmp_path: Path) -> None:
+    """By any name: links are followed. What is not read may be written again."""
+    write_trace(tmp_path / "load")
+    (tmp_path / "plan.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "link.json").symlink_to(tmp_path / "load" / "trace.json")
+    (tmp_path / "hard.json").hardlink_to(tmp_path / "plan.json")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
+    reads = [tmp_path / "plan.json", tmp_path / "load", tmp_path / "model", None]
+    for name in ("plan.json", "hard.json", "link.json", "load/trace.json", "model/config.json", "routes.npz"):
+        with pytest.raises(ConfigError, match="would overwrite|is the ending of"):
+            check_output("html", tmp_path / name, reads=reads)
+    for name in ("load/plan.json", "model/plan.json", "trace.json", "new.html"):
+        check_output("html", tmp_path / name, reads=reads)
+    check_output("json", tmp_path / "plan.json", reads=[tmp_path / "load"])
+
+
+@pytest.mark.slow
+def test_the_documented_plan_of_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load = f"trace={tmp_path / 'load'}"
+    run(capsys, "record", "model=demo", "ep=32", f"output={tmp_path / 'load'}")
+    spare, output = "placement.num_redundant_experts=32", f"output={tmp_path / 'plan.json'}"
+    grouped = run(capsys, "plan", load, "ep=32", spare, output)
+    free = run(capsys, "plan", load, "ep=32", spare, output, "groups=false")
+    assert re.search(r"As recorded +measured +53 % +1\.90 ", grouped)
+    assert re.search(r"Planned +predicted +81 % ", grouped)
+    assert re.search(r"Planned +predicted +85 % ", free)
+    docs = (Path(__file__).parents[2] / "docs" / "balance.md").read_text(encoding="utf-8")
+    assert "with `groups=false` they need not (on the demo model: 85 % instead of 81 %)" in docs
 
 
 def test_a_cut_trace_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

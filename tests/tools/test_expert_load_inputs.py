@@ -123,8 +123,9 @@ def test_counts_of_tensorrt_llm_are_planned(tmp_path: Path, capsys: pytest.Captu
     assert "a model without a name: 2 MoE layers of 16 experts" in out
     assert "a new start" in out
     run(capsys, *next_words(out))
-    out = run(capsys, *words, f"placement.file={tmp_path / 'plan.json'}", "placement.num_redundant_experts=4")
-    assert "moves   0 slots" in out
+    where = (f"placement.file={tmp_path / 'plan.json'}", "placement.num_redundant_experts=4")
+    assert "would overwrite what this command reads" in refused(capsys, *words, *where)
+    assert "moves   0 slots" in run(capsys, *words[:-1], f"output={tmp_path / 'same.json'}", *where)
 
 
 def test_completions_of_vllm_share_a_batch() -> None:
@@ -195,6 +196,8 @@ def test_a_repeated_run_leaves_out_what_was_that_run_s_own(tmp_path: Path) -> No
     kept = ("prompts=p", "balance.window_steps=2", "placement.replica_choice=nearest")
     assert found.launch == (*kept, "ep=8", "tp=1", "ranks_per_node=2", "seed=1")
     assert found.own == {"requests": "3"}
+    found = repeated(parse_words(["apply", "prompts=q"]), tmp_path, read_header(tmp_path), plan)
+    assert [word for word in found.launch if word.startswith("prompts=")] == ["prompts=q"], "each key once"
     (tmp_path / "run.json").write_text(json.dumps(run | {"version": 2}), encoding="utf-8")
     assert read_run(tmp_path) is None
 
@@ -203,6 +206,27 @@ def test_a_model_that_only_has_the_name_gives_no_bytes(tmp_path: Path) -> None:
     write_trace(tmp_path, model="demo")
     assert open_source(parse_words(["report", f"trace={tmp_path}"])).facts is None
     assert read_trace(tmp_path).header.model == "demo"
+
+
+def test_one_rank_s_record_leads_to_a_plan_for_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "routed.npy", random_routes().flatten(0, 1).numpy())
+    words = ["report", f"trace={tmp_path / 'routed.npy'}", f"num_routed={EXPERTS}", "ep=1"]
+    following = next_words(run(capsys, *words))
+    assert following[2:] == [f"num_routed={EXPERTS}", "ep=8", f"output={tmp_path / 'plan.json'}"]
+    run(capsys, *next_words(run(capsys, *following)))
+
+
+def test_run_json_of_another_run_is_not_believed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_trace(tmp_path / "load", model="base")
+    model = write_model(tmp_path / "base")
+    file = tmp_path / "load" / "run.json"
+    report = ("report", f"trace={tmp_path / 'load'}")
+    file.write_text(json.dumps({"version": 1, "launch": [f"model={model}", "dtype=foo"], "own": {}}), encoding="utf-8")
+    said = refused(capsys, *report)
+    assert f"{file}: dtype=foo" in said and "or remove the file" in said
+    other = write_model(tmp_path / "other")
+    file.write_text(json.dumps({"version": 1, "launch": [f"model={other}"], "own": {}}), encoding="utf-8")
+    assert open_source(parse_words(report)).facts is None, "base is not found by its name alone"
 
 
 def test_the_console_script() -> None:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import zlib
 from collections import Counter
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ from moe_tools.expert_load.page import page_html
 from moe_tools.expert_load.pictures import load_map, write_pictures
 from moe_tools.expert_load.planning import make_plan
 from moe_tools.expert_load.png import GLYPH_HEIGHT, RAMP, blank, png_bytes, shades, write_text
+from moe_tools.expert_load.source import placed
 
-from tests.tools.expert_load_traces import EXPERTS, LAYERS, write_trace
+from moe_runtime.balance.trace_readers import read_any
+from moe_runtime.parallel.placement import ExpertPlacement
+from tests.tools.expert_load_traces import EXPERTS, LAYERS, random_routes, write_trace
 
 EVIL = "</script><b id=evil>&{{data}}"
 VOID = {"meta", "input", "link", "br"}
@@ -157,20 +161,98 @@ def test_maps_of_all_sizes(shape: tuple[int, int]) -> None:
     assert load_map(np.ones(shape), "a title", "rank", None).shape[1] >= shape[1]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser here")
-def test_a_browser_draws_it(tmp_path: Path) -> None:
-    file = tmp_path / "report.html"
-    file.write_text(page_html(data_of(tmp_path / "trace", model=EVIL)), encoding="utf-8")
-    words = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+MEASURE = """<script>
+const root = document.documentElement, all = [...document.querySelectorAll("body *:not(.compare *)")];
+const wide = all.filter((one) => one.getBoundingClientRect().right > innerWidth + 0.5).map((one) => one.outerHTML);
+const curve = document.querySelector("#curve svg");
+for (let i = 0; i < 99; i += 1) curve.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+root.dataset.seen = JSON.stringify({ wide, dark: matchMedia("(prefers-color-scheme: dark)").matches,
+  width: innerWidth, content: root.scrollWidth, last: document.querySelector("#curve .said").textContent,
+  rows: [...document.querySelectorAll("#plan tr")].map((row) => row.textContent),
+  captions: [...document.querySelectorAll("#traffic-maps .caption b")].map((one) => one.textContent),
+  scales: [...document.querySelectorAll("#traffic-maps .scale")].map((one) => one.textContent) });
+</script></body>"""
+
+
+def browsed(file: Path, text: str, *, width: int = 1440, dark: bool = False) -> tuple[Page, dict[str, Any], str]:
+    """The page as a browser has drawn it, what MEASURE saw there, and its markup. Fails where the console says a
+    word."""
+    file.write_text(text.replace("</body>", MEASURE), encoding="utf-8")
+    words = [
+        "chromium",
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={file.parent / 'profile'}",
+    ]
+    words += [f"--window-size={width},900", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
     words += ["--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", file.as_uri()]
     result = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in result.stderr, result.stderr
-    drawn = Page(result.stdout.replace("<!DOCTYPE html>", ""))
+    seen = re.search(r'data-seen="([^"]*)"', result.stdout)
+    assert seen is not None, "the script of the page did not come to its end"
+    return Page(result.stdout.replace("<!DOCTYPE html>", "")), json.loads(unescape(seen[1])), result.stdout
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser here")
+@pytest.mark.parametrize(("width", "dark"), [(1440, False), (1440, True), (1024, False), (1024, True)])
+def test_a_browser_draws_it(width: int, dark: bool, tmp_path: Path) -> None:
+    """At a desktop's and a laptop's width nothing is wider than the window."""
+    page = page_html(data_of(tmp_path / "trace", model=EVIL))
+    drawn, seen, text = browsed(tmp_path / "report.html", page, width=width, dark=dark)
+    assert seen["width"] == width and seen["dark"] == dark
+    assert seen["content"] <= width and seen["wide"] == []
     assert drawn.tags["canvas"] == 2 * (3 + 3)  # maps with their scales; traffic has one for each placement
     assert drawn.tags["option"] == 1 + LAYERS
     assert drawn.tags["td"] > 50
-    for text in ("Rows into the busiest rank from others", "Once to each node that it needs"):
-        assert text in result.stdout
+    for said in (
+        "Rows into the busiest rank from others",
+        "Once to each node that it needs",
+        "This run was not balanced",
+    ):
+        assert said in text
+    assert "No balancing: the same, so its marks lie under the others" in text
+    assert not any("–" in row for row in seen["rows"] if row.startswith("Expert weights per rank"))
+    assert len(set(seen["scales"])) == 1
     assert "evil" not in drawn.ids
-    assert f"{EXPERTS}, 2 per token" in result.stdout
+    assert f"{EXPERTS}, 2 per token" in text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser here")
+def test_a_browser_tells_other_ranks_apart(tmp_path: Path) -> None:
+    """Of a plan for 3 ranks: shares of time and traffic are compared on 3 ranks alone, and maps of 4 have their own
+    scale."""
+    trace = write_trace(tmp_path / "trace")
+    data = make_document(
+        trace, plan=make_plan(trace, ep=3), plan_name="The plan of p.json", facts=Facts(256, 1000)
+    ).data
+    _, seen, text = browsed(tmp_path / "report.html", page_html(data), width=1024)
+    assert seen["wide"] == []
+    assert seen["captions"] == ["No balancing, 3 ranks", "As recorded, 4 ranks", "Planned, 3 ranks"]
+    ends = [f"(rank {ep} of {ep} from the busiest)" for ep in (3, 4, 3)]
+    assert re.findall(r"\(rank[^)]*\)", seen["last"]) == ends, "the last column is each placement's last rank"
+    assert seen["scales"][0] == seen["scales"][2] != seen["scales"][1]
+    assert "The plan of p.json is for 3 ranks, not 4" in text
+    cells = re.findall(r"<tr><th scope=\"row\">[^<]*</th>(.*?)</tr>", text)
+    best = [[bool(mark) for mark in re.findall(r"<td( class=\"best\")?", row)] for row in cells]
+    assert any(True in row for row in best), "the plan is better than no balancing on as many"
+    assert not any(row[1] for row in best), "the recording's are of other ranks"
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser here")
+def test_a_browser_calls_nothing_recorded_that_is_assumed(tmp_path: Path) -> None:
+    for number, own in enumerate(random_routes().numpy()):
+        np.save(tmp_path / f"{number}.npy", own)
+    trace = placed(
+        read_any(tmp_path, num_routed=EXPERTS),
+        ExpertPlacement.uniform(LAYERS, EXPERTS, ep=4),
+        model="m",
+        ranks_per_node=2,
+    )
+    data = make_document(trace, plan=make_plan(trace), plan_name="A plan", facts=None).data
+    _, seen, body = browsed(tmp_path / "report.html", page_html(data), width=1024)
+    assert seen["wide"] == []
+    body = re.sub(r"<script.*?</script>", "", body, flags=re.S)
+    for said in ("As placed, the busiest rank would do", "as placed (assumed), all layers", "vllm (per_token)"):
+        assert said in body
+    assert not re.search("as recorded|was recorded|measured|This run", body, flags=re.I)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from moe_models.base import ModelConfig
@@ -17,7 +18,8 @@ from moe_tools.plan.__main__ import main
 from moe_tools.plan.hardware import MEASURED, Machine, hardware_names, load_machine
 from moe_tools.plan.replay import Replay
 from moe_tools.plan.routes import recorded
-from moe_tools.plan.wire import Transfer, Way, Wire
+from moe_tools.plan.settings import parse_words
+from moe_tools.plan.wire import Transfer, Way, Wire, slower_link
 
 from moe_runtime.balance.trace import TraceHeader, TraceWriter, Window
 from moe_runtime.dispatch.rows import RowLayout
@@ -118,10 +120,14 @@ def test_forwarding_gives_deepeps_bandwidths(ep: int) -> None:
 
 
 def test_slower_nvlink_slows_what_is_forwarded() -> None:
-    """H800 and H100 differ in NVLink alone; at EP16 it is what DeepEP waits for."""
+    """H800 and H100 differ in NVLink alone; at EP16 it is what DeepEP waits for, at EP64 the network."""
     slow, fast = (_transfer(load_machine(name), 16) for name in ("h800", "h100"))
     assert slow.us > 1.3 * fast.us
     assert (slow.network_bytes, slow.nvlink_bytes) == (fast.network_bytes, fast.nvlink_bytes)
+    assert slow.network_bytes > 0
+    assert slower_link([slow]) == slower_link([fast]) == "nvlink"
+    assert slower_link([_transfer(load_machine("h800"), 64)]) == "network"
+    assert slower_link([replace(slow, network_us=slow.nvlink_us + 1), slow]) == "nvlink", "both ways together"
 
 
 def test_a_short_last_node_takes_the_copies_of_several_senders() -> None:
@@ -209,6 +215,26 @@ def test_a_trace_says_whose_it_is(tmp_path: Path, demo: ModelConfig) -> None:
     fewer = _traced(tmp_path / "fewer", demo, top_k=demo.num_experts_per_tok - 1)
     with pytest.raises(TraceError, match="top_k="):
         recorded(fewer, demo, name=None, num_layers=1)
+
+
+def test_a_record_of_another_program_is_replayed(tmp_path: Path, demo: ModelConfig) -> None:
+    """vLLM's arrays of two requests. Their windows are requests, which are no times to plan for."""
+    layers, top_k = len(demo.moe_layers), demo.num_experts_per_tok
+    routes = np.arange(top_k, dtype=np.int16) + np.arange(5, dtype=np.int16)[:, None, None] + np.zeros((1, layers, 1))
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", routed_experts=routes.astype(np.int16))
+    found = recorded(tmp_path, demo, name="demo", num_layers=2)
+    assert found.ids.shape == (2, 10, top_k)
+    assert found.loads.shape == (1, 2, demo.n_routed_experts)
+    assert int(found.loads.sum()) == 2 * 10 * top_k
+    assert found.repeat is None, "it does not say where its experts were"
+
+
+def test_a_trace_of_another_shape_names_the_model_that_it_is_of(tmp_path: Path, demo: ModelConfig) -> None:
+    v3 = load_config(model_path("deepseek_v3"))
+    with pytest.raises(TraceError, match=r"num_layers=3.*model=demo"):
+        recorded(_traced(tmp_path / "t", demo), v3, name="deepseek_v3", num_layers=1)
+    assert parse_words([f"trace={tmp_path / 't'}"]).model == "demo", "unless the words say otherwise"
 
 
 def test_a_trace_of_another_name_is_refused_by_the_command(

@@ -49,6 +49,7 @@ def test_it_is_read_without_a_mouse() -> None:
     regions = re.findall(r'<div class="scroll"[^>]*>', text)
     assert len(regions) == text.count("<table")
     assert all('tabindex="0"' in one and 'role="region"' in one and "aria-label=" in one for one in regions)
+    assert all(f">The best {unit}</h2>" in text for unit in ("decode unit", "prefill unit", "unit for both"))
     points = re.findall(r'<g class="point" tabindex="0" role="img" aria-label="([^"]+)"', text)
     assert len(points) == len(answer.decodes)
     for number, (said, one) in enumerate(zip(points, answer.decodes, strict=True), 1):

@@ -25,7 +25,7 @@ from moe_tools.plan.settings import DEFAULT_SKEW
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
-HAND_SET = ("costs", "curves", "layouts", "published", "routes", "settings", "timing", "wire")
+HAND_SET = ("costs", "curves", "deployment", "published", "routes", "settings", "timing", "wire")
 """Modules whose numbers are the planner's assumptions."""
 
 

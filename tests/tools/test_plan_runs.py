@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from moe_tools.plan.__main__ import main
 from moe_tools.plan.advice import advice
 from moe_tools.plan.answer import Answer, Decode, Prefill, Refused
+from moe_tools.plan.costs import CostModel
+from moe_tools.plan.deployment import Layout, deploy, layouts
+from moe_tools.plan.document import as_json
 from moe_tools.plan.evaluate import Evaluator, evaluate, largest
 from moe_tools.plan.hardware import load_machine
-from moe_tools.plan.layouts import Layout, deploy, layouts
-from moe_tools.plan.replay import replay_trace
-from moe_tools.plan.report import shape_text, term_cells, units_text, waits_ms
+from moe_tools.plan.recording import repeated
+from moe_tools.plan.report import TOGETHER_HEAD, lines, shape_text, starts_note, term_cells, units_text, waits_ms
 from moe_tools.plan.settings import parse_words
 from moe_tools.plan.timing import decode_shape
 
 from moe_runtime import LLM, SamplingParams
+from moe_runtime.balance.replay import replay
 from moe_runtime.balance.trace import Trace, read_trace
 from moe_runtime.cli.doctor import doctor
 from moe_runtime.launch.compose import compose
@@ -55,11 +59,18 @@ def test_rows_of_every_rank_are_predicted_exactly(
     trace = _record(tmp_path / "trace", ep=ep, tp=tp, choice=choice, redundant=redundant)
     placement = trace.header.placement()
     assert placement is not None
-    predicted = replay_trace(trace, placement, choice=choice)
-    assert predicted.sum() == 8 * trace.header.num_layers * trace.routes.shape[0] > 0
-    assert torch.equal(predicted, trace.rank_loads)
+    found = repeated(trace)
+    assert found is not None
+    assert found.rows == 8 * trace.header.num_layers * trace.routes.shape[0] > 0
+    assert (found.differ, found.first) == (0, None)
+    assert str(found).endswith(f"equal in all {trace.num_windows} windows x 3 layers x {ep} ranks ({found.rows} rows)")
+    rows = trace.rank_loads.clone()
+    rows[1, 2, 3] += 5
+    found = repeated(replace(trace, header=trace.header, rank_loads=rows))
+    measured = int(rows[1, 2, 3])
+    assert f"first window 1, layer 2, rank 3: {measured - 5} replayed, {measured} measured" in str(found)
     other = placement.uniform(placement.num_layers, placement.num_logical, ep=ep, num_redundant=redundant + ep)
-    assert not torch.equal(replay_trace(trace, other, choice=choice), trace.rank_loads), "another placement shows"
+    assert not replay(trace, other, choice=choice).equals(trace), "another placement shows"
 
 
 def test_a_trace_is_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +81,7 @@ def test_a_trace_is_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
     asked = [*question, "prompt_tokens=16", "output_tokens=8", "prefill_tokens=64", f"trace={tmp_path / 'trace'}"]
     assert main([*asked, *words]) == 0
     out = capsys.readouterr().out
-    assert "trace " in out
+    assert re.search(r"replayed under .* measured: equal in all \d+ windows x 3 layers x 4 ranks", out)
     found = json.loads(files["json"].read_text(encoding="utf-8"))
     assert {one["batch"] for one in found["decode"]} == {8}, "all meet 50 ms: the largest batch"
     assert found["decode"][0]["memory_bytes"]["total"] < 10e9
@@ -84,10 +95,16 @@ def test_a_trace_is_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert placed.config.placement.file is not None
         text = Path(placed.config.placement.file).read_text(encoding="utf-8")
         assert ExpertPlacement.from_json(text, name="its file").ep == placed.config.ep
-    assert main([f"trace={tmp_path / 'trace'}"]) == 2, "a trace of another model"
-    assert "num_layers=3" in capsys.readouterr().err
-    assert main([*asked, *words, "hardware=h100", "tpot_ms=0.01"]) == 3
+    assert found["recording_replayed"]["differ"] == 0 < found["recording_replayed"]["rows"]
+    assert "replayed under the recording" in page
+    assert main([*asked, *words, "tpot_ms=0.01"]) == 3
     assert "placement: nothing fits" in capsys.readouterr().out
+    header = tmp_path / "trace" / "trace.json"
+    before = header.read_bytes()
+    for key in files:
+        assert main([*asked, f"{key}={header}"]) == 2
+        assert "belongs to the trace" in capsys.readouterr().err
+    assert header.read_bytes() == before
 
 
 QUESTIONS = (
@@ -131,7 +148,9 @@ def _commands(out: str) -> dict[str, str]:
 
 
 def _answer(*words: str) -> Answer:
-    return evaluate(Evaluator(parse_words(["layers=1", "tp=1", "redundant=0", "dispatch=deep_ep", *words])))
+    usual = {"layers": "1", "tp": "1", "redundant": "0", "dispatch": "deep_ep"}
+    asked = usual | dict(word.split("=", 1) for word in words)
+    return evaluate(Evaluator(parse_words([f"{key}={text}" for key, text in asked.items()])))
 
 
 def test_figures_of_one_unit_belong_to_its_command() -> None:
@@ -200,7 +219,7 @@ def test_a_larger_batch_of_another_shape_is_looked_at() -> None:
     def judge(batch: int) -> Decode | Refused:
         if batch not in passing:
             return Refused(layout, "decode", "slow", "tpot_ms", 1.0)
-        return Decode(made[batch], batch, step, made[batch].memory)
+        return Decode(made[batch], batch, step)
 
     some = evaluator.decode(layout)
     assert isinstance(some, Decode)
@@ -215,6 +234,9 @@ def test_remedies_are_ones_that_work() -> None:
     (said,) = [line for line in advice(slow) if line.startswith("decode")]
     word = next(word for word in said.split() if word.startswith("tpot_ms=") and word != "tpot_ms=0.5.").rstrip(",")
     assert _answer("ep=16", word).decodes
+    assert "a smaller batch=" not in said
+    (said,) = [line for line in advice(_answer("ep=16", "tpot_ms=0.5", "batch=16")) if line.startswith("decode")]
+    assert "or try a smaller batch=, other ep=" in said
     small = _answer("ep=8", "hardware=h100")
     (said,) = [line for line in advice(small) if "decode" in line]
     assert "needed" in said
@@ -237,6 +259,61 @@ def test_the_parts_of_a_step_add_up_and_waiting_is_told() -> None:
     assert answer.decodes[0].step.bounds["experts"] == "bytes"
 
 
+def test_the_fastest_unit_for_both_has_all_its_figures() -> None:
+    answer = _answer("ep=16", "batch=32")
+    one = answer.together[0]
+    assert sum(one.parts_us.values()) == pytest.approx(one.tpot_ms * 1e3, rel=1e-6)
+    steps = one.decode.step, one.prefill.step
+    assert one.network_bytes == pytest.approx(steps[0].network_bytes + one.share * steps[1].network_bytes)
+    text = "\n".join(lines(answer))
+    assert f"one unit, {one.decode.deployment.layout}, batch 32: the mean step" in text
+    assert {"GB/rank", "network MB/rank/step", "imbalance", "bound by"} <= set(TOGETHER_HEAD)
+    (found,) = json.loads(as_json(answer))["together"]
+    assert found["memory_bytes"]["total"] == one.memory.total
+    assert found["step_without_prompts"]["terms_us"] == dict(steps[0].terms)
+    assert found["prompts_of_a_step"]["bounds"] == dict(steps[1].bounds)
+    assert found["bounds"]["experts"] == "bytes, prompts: arithmetic"
+
+
+def test_figures_of_small_models_are_said_to_be_absurd() -> None:
+    assert not starts_note(_answer("ep=16", "batch=32"))
+    assert "far too fast" in starts_note(_answer("model=demo", "ep=8", "prompt_tokens=64", "output_tokens=64"))
+    idle = _answer("ep=64", "redundant=0", "batch=1", "prompt_tokens=1", "output_tokens=64", "prefill_tokens=16")
+    assert "far too fast" in starts_note(idle), "a wide model with next to nothing to do"
+
+
+def test_a_search_times_steps_as_the_clock_does() -> None:
+    evaluator = Evaluator(parse_words(["layers=1", "tpot_ms=null", "batch=256", "ep=32", "prefill_tokens=16384"]))
+    layout = Layout(32, 1, 32, "deep_ep")
+    found = evaluator.decode(layout), evaluator.prefill(layout)
+    for one in found:
+        assert not isinstance(one, Refused)
+        assert one.step.us == pytest.approx(one.step.summary.step_us, rel=1e-9)
+    assert isinstance(found[1], Prefill)
+    assert (found[1].step.agreed.num_micro_batches, found[1].step.agreed.num_chunks > 1) == (2, True)
+
+
+def test_a_term_is_bound_by_the_mean_of_the_layers() -> None:
+    evaluator, layout = Evaluator(parse_words(["layers=3", "batch=8"])), Layout(16, 1, 0, "deep_ep")
+    found = evaluator.decode(layout)
+    assert isinstance(found, Decode)
+    costs = CostModel(found.deployment, evaluator.routes, evaluator.replay(16, 0))
+    _, layer = costs.micro_batch(8, found.step.agreed, decode=True, length=1000)
+    ((counts, scale),) = costs.kept.counts.values()
+    assert scale == 1
+    assert layer.most_rows == pytest.approx(sum(int(own.rows.max()) for own in counts) / 3)
+    assert layer.most_active == pytest.approx(sum(int(own.active.max()) for own in counts) / 3)
+    assert layer.most_rows != int(counts[0].rows.max()), "the layers differ"
+
+
+def test_progress_is_told_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[str] = []
+    evaluate(Evaluator(parse_words(["ep=16", "tp=1,3", "redundant=0", "batch=8", "layers=1"])), on_layout=seen.append)
+    assert [text.split(",")[0] for text in seen] == [f"{number} of 6" for number in range(1, 7)]
+    assert main(["ep=16", "tp=3", "redundant=0", "layers=1"]) == 3
+    assert "layouts …" in capsys.readouterr().err
+
+
 def test_whole_units_keep_up() -> None:
     (apart,) = _answer("ep=16", "batch=32").apart
     prefills, decodes, rate = apart.whole_units()
@@ -251,6 +328,7 @@ def test_whole_units_keep_up() -> None:
         ("json=/nonexistent/a.json", "there is no folder"),
         ("html=.", "is a folder"),
         ("json=a html=a", "is also json="),
+        ("json=tests/__init__.py model=tests/__init__.py", "what this command reads"),
         ("json=", "Write json=plan.json"),
     ],
 )
@@ -268,7 +346,7 @@ def test_files_are_looked_at_before_the_work(
         (["model=deepseek_v4"], "model=deepseek_v4", 2),
         (["hardware=h300"], "no such entry", 2),
         (["trace=nowhere"], "nowhere", 2),
-        (["prompt_tokens=163840"], "Lower one of them by 1024", 2),
+        (["prompt_tokens=163840"], "Nearest: prompt_tokens=163839", 2),
         (["ep=8", "tp=1", "redundant=0", "dispatch=deep_ep", "hardware=h100", "layers=1"], "needs", 3),
         (["ep=16", "tp=3", "redundant=0", "dispatch=deep_ep", "layers=1"], "does not divide", 3),
     ],

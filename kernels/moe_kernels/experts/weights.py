@@ -83,10 +83,6 @@ class ExpertWeights:
             else:
                 old[slot].copy_(new)
 
-    def read_slot(self, slot: int) -> tuple[OneSlot, OneSlot]:
-        """Copies of one slot's weights, `(w13 [2I, H], w2 [H, I])`: plain, or block-scaled where the slots are."""
-        return _copy(self.w13, slot), _copy(self.w2, slot)
-
     def take_slot_(self, slot: int, other: ExpertWeights, scratch: ExpertWeights) -> Callable[[], None]:
         """Put the same slot of `other` in place of one slot; what is returned puts the old weights back, and takes no
         memory for it.
@@ -163,16 +159,6 @@ def _check_slot(slot: int, name: str, old: SlotWeights, new: OneSlot) -> None:
     if not fits:
         seen = str(new.dtype) if isinstance(new, Tensor) else f"with scales {tuple(new.scale.shape)}"
         raise KernelError(f"slot {slot} got {name} {tuple(new.shape)} {seen}; it must be {rule}")
-
-
-def _copy(w: SlotWeights, slot: int) -> OneSlot:
-    match w:
-        case PackedSlots():
-            return w.parts[slot].dense()
-        case BlockScaled():
-            return BlockScaled(w.data[slot].clone(), w.scale[slot].clone())
-        case _:
-            return w[slot].clone()
 
 
 def _packs(shape13: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Protocol
 
 import torch
@@ -57,9 +57,7 @@ class Rank:
             ):
                 self._engine.prepare()
         except BaseException as error:
-            if self._engine is not None:
-                self._engine.close()
-            process.close(error)
+            _leave(self._engine, process, error)
             raise
 
     def _load(
@@ -106,15 +104,23 @@ class Rank:
             failure = error
             raise
         finally:
-            engine.close()  # graphs hold the process groups' communicators
-            self._process.close(failure)
+            _leave(engine, self._process, failure)
 
     def leave(self, error: BaseException) -> None:
         """Leave without serving; the others learn why."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-            self._process.close(error)
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            _leave(engine, self._process, error)
+
+
+def _leave(engine: RankEngine | None, process: Process, error: BaseException | None) -> None:
+    """Each part also where another one raises."""
+    with ExitStack() as last_first:
+        if engine is not None:
+            last_first.callback(engine.close)  # may wait for a disk: no rank waits for this one by then
+        last_first.callback(process.close, error)
+        if engine is not None and engine.graphs is not None:
+            last_first.callback(engine.graphs.close)  # graphs hold the process groups' communicators
 
 
 class Peers(Protocol):

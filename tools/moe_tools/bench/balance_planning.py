@@ -22,7 +22,7 @@ from torch import Tensor
 from moe_runtime import LLM, SamplingParams
 from moe_runtime.balance.decision import Decision, Terms, decide
 from moe_runtime.engine.rebalance import Rebalancer
-from moe_runtime.engine.rebalance_plan import in_background
+from moe_runtime.engine.rebalance_plan import Cancellation, in_background
 from moe_runtime.launch import rebalancing
 from moe_runtime.launch.planning import PlanRule, decide_apart
 from moe_runtime.parallel.placement import ExpertPlacement
@@ -83,7 +83,7 @@ def _large(ask: Callable[..., Decision]) -> Decision:
     loads = torch.from_numpy(np.stack([popular * rng.lognormal(0.0, 0.1, popular.shape) for _ in range(10)])).long()
     now = ExpertPlacement.uniform(58, 256, ep=32, num_redundant=32)
     rule = PlanRule("best", 8, None)
-    return ask(loads, 1000, now=now, first=now, rule=rule, terms=_TERMS, within_s=60.0)
+    return ask(loads, 1000, now=now, first=now, rule=rule, terms=_TERMS, within_s=60.0, cancelled=Cancellation())
 
 
 def demo(*, in_thread: bool) -> tuple[list[float], list[float], float]:

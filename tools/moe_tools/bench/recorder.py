@@ -20,6 +20,7 @@ from moe_runtime import LLM, SamplingParams
 from moe_runtime.balance.load import LoadRecorder
 from moe_runtime.engine.recording import Recording
 from moe_runtime.engine.snapshot_file import SnapshotFile
+from moe_runtime.engine.trace_thread import TraceThread
 from moe_tools.bench.record import append_record
 
 _TIMED = (
@@ -27,6 +28,8 @@ _TIMED = (
     (LoadRecorder, "record_received"),
     (Recording, "after"),
     (SnapshotFile, "offer"),
+    (SnapshotFile, "_write"),
+    (TraceThread, "_do"),
 )
 
 

@@ -5,7 +5,7 @@ W windows, L MoE layers, E' logical experts, ep ranks. Balancedness is mean over
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, Literal
 
@@ -53,12 +53,12 @@ class Candidate:
         return balance_of(self.total)
 
     @property
-    def used(self) -> float:
-        """Share of the ranks' time that their experts compute, where all wait for the slowest in each window and layer.
+    def ep(self) -> int:
+        return int(self.rank_loads.shape[2])
 
-        Σ mean / Σ max over windows and layers: the balancedness that a step feels.
-        """
-        return float(share(self.rank_loads.mean(axis=2).sum(), self.rank_loads.max(axis=2).sum()))
+    @property
+    def used(self) -> float:
+        return time_used(self.rank_loads)
 
     @property
     def slowest(self) -> float:
@@ -77,6 +77,15 @@ class HotExpert:
     """That hold it"""
 
 
+def time_used(rank_loads: Floats) -> float:
+    """Share of the ranks' time that their experts compute, where all wait for the slowest in each window and layer.
+
+    `rank_loads [W, L, ep]`. Σ mean / Σ max over windows and layers: the balancedness that a step feels. NaN where
+    nothing was received.
+    """
+    return float(share(rank_loads.mean(axis=2).sum(), rank_loads.max(axis=2).sum()))
+
+
 def balance_of(rank_load: Floats) -> Floats:
     """`balancedness` of `[…, ep]` rows: `[…]`."""
     return np.asarray(balancedness(torch.from_numpy(rank_load)).numpy())
@@ -88,28 +97,31 @@ def predicted_rank_loads(
     """Rows [W, L, ep] that the trace's tokens would bring each rank under `plan`, and whether that is exact.
 
     `choice` None: as recorded. Exact where each token's route is sent through the plan by the runtime's own choice of
-    replicas. Where routes are missing, live on other ranks than the plan's, do not tell how a step chose, or would take
-    more than MOST_CALLS, experts' tokens are taken to spread evenly over their replicas.
+    replicas. Where routes are missing, live on other ranks than the plan's, do not give the rows that were counted, or
+    would take more than MOST_CALLS, experts' tokens are taken to spread evenly over their replicas.
     """
-    rows, sent = _predicted(trace, plan, choice, trusted=_trusted(trace, choice, _again(trace, choice)))
+    rows, sent = _predicted(trace, plan, choice, trusted=_trusted(trace, choice, _again(trace)))
     return rows, sent.exact
 
 
 def candidates(trace: Trace, plan: ExpertPlacement | None, choice: ReplicaChoice | None = None) -> list[Candidate]:
-    """No balancing, as recorded, and `plan` where there is one; each on the ranks that it is made for.
+    """No balancing, as recorded, and `plan` where there is one.
 
-    `choice` None: as recorded. ConfigError where the plan is for another model.
+    Where the plan is for other ranks, so is "no balancing", and names say on how many each stands: shares of time on
+    different numbers of ranks cannot be compared. `choice` None: as recorded. ConfigError where the plan is for another
+    model.
     """
     header, measured = trace.header, trace.rank_loads.double().numpy()
     if plan is not None:
         check_fits(plan, trace.header)
-    again = _again(trace, choice)
-    if again is None:
+    again = _again(trace)
+    if again is None or not again.equals(trace):
         sent = Traffic.even(measured.sum(axis=(0, 1)), header.ranks_per_node)
     else:
         sent = Traffic.replayed(again, header.ranks_per_node)
     trusted = _trusted(trace, choice, again)
-    plain = ExpertPlacement.uniform(header.num_layers, header.num_logical, ep=header.ep)
+    ep = header.ep if plan is None else plan.ep
+    plain = ExpertPlacement.uniform(header.num_layers, header.num_logical, ep=ep)
     found = [
         Candidate("none", "No balancing", "counterfactual", plain, *_predicted(trace, plain, choice, trusted=trusted)),
         Candidate("recorded", *_of_source(header.source), header.placement(), measured, sent),
@@ -117,7 +129,11 @@ def candidates(trace: Trace, plan: ExpertPlacement | None, choice: ReplicaChoice
     if plan is not None:
         rows, sent = _predicted(trace, plan, choice, trusted=trusted)
         found.append(Candidate("plan", "Planned", "predicted", plan, rows, sent))
-    return found
+    return found if ep == header.ep else [replace(own, name=f"{own.name}, {_ranks(own.ep)}") for own in found]
+
+
+def _ranks(ep: int) -> str:
+    return "1 rank" if ep == 1 else f"{ep} ranks"
 
 
 def _predicted(
@@ -141,23 +157,21 @@ def _can_send(trace: Trace, placement: ExpertPlacement, choice: ReplicaChoice | 
 
 def _of_source(source: str) -> tuple[str, Kind]:
     """What the rows of a trace are: other programs do not record them, they follow from a placement that was named."""
-    return ("As recorded", "measured") if source == OURS else ("As placed", "predicted")
+    return ("As recorded", "measured") if source == OURS else ("As placed (assumed)", "predicted")
 
 
-def _again(trace: Trace, choice: ReplicaChoice | None) -> Replayed | None:
-    """The recording replayed; None where that cannot give, or does not give, the rows that ranks have counted."""
+def _again(trace: Trace) -> Replayed | None:
+    """The recording replayed; None where it cannot be, or not in time."""
     placement = trace.header.placement()
-    if placement is None or not _can_send(trace, placement, choice):
-        return None
-    found = replay(trace, choice=choice)
-    return found if found.equals(trace) else None
+    return None if placement is None or not _can_send(trace, placement, None) else replay(trace)
 
 
 def _trusted(trace: Trace, choice: ReplicaChoice | None, again: Replayed | None) -> bool:
-    """Whether a replay tells what a run would do: a token's replica depends on the token alone, or the trace has shown
-    (`again`) that it tells which tokens chose together."""
-    kind = ReplicaChoice(choice or trace.header.replica_choice or ReplicaChoice.STATIC)
-    return kind in BY_TOKEN_ALONE or again is not None
+    """Whether a replay tells what a run would do: that of the recording (`again`) gives the rows that its ranks have
+    counted. Where the recording cannot be replayed: a token's replica depends on the token alone."""
+    if again is not None:
+        return again.equals(trace)
+    return ReplicaChoice(choice or trace.header.replica_choice or ReplicaChoice.STATIC) in BY_TOKEN_ALONE
 
 
 def check_fits(plan: ExpertPlacement, header: TraceHeader, *, name: str = "plan") -> None:

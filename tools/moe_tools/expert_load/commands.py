@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from moe_tools.expert_load.run_file import read_run, repeated
 from moe_tools.expert_load.source import Source, check_same, open_source, recorded_source
 from moe_tools.expert_load.summary import show_comparison, show_plan, show_summary
 from moe_tools.expert_load.words import PROGRAM, WORKLOAD_KEYS, Words, asked
+from moe_tools.outputs import check_output
 
 _DEFAULT_FOLDER: Final = "runs/expert_load"
 _SPARE: Final = "placement.num_redundant_experts"
@@ -60,7 +60,7 @@ def _record(words: Words, console: Console) -> None:
 def _report(words: Words, console: Console) -> None:
     file, plan = words.own.get("plan"), None
     if "output" in words.own:
-        check_file(Path(words.own["output"]))
+        check_output("output", Path(words.own["output"]), reads=_read(words))
     if file is not None:
         plan = read_plan(file)
     if "trace" in words.own:
@@ -80,7 +80,7 @@ def _report(words: Words, console: Console) -> None:
             return
         source = recorded_source(words, trace, folder)
     page = Path(words.own.get("output", str(source.folder / "report.html")))
-    check_file(page)
+    check_output("output", page, reads=_read(words))
     header = source.trace.header
     if file is not None and plan is not None:
         check_fits(plan, header, name=f"plan={file}")
@@ -94,7 +94,7 @@ def _report(words: Words, console: Console) -> None:
     show_summary(console, document)
     console.line(f"wrote {page} ({format_bytes(page.stat().st_size)}), and {', '.join(str(p) for p in pictures)}")
     if file is None:
-        wider = ["ep=8"] if header.ep == 1 and source.ours else []
+        wider = ["ep=8"] if header.ep == 1 else []
         output = source.folder / "plan.json"
         _next(console, "plan", f"trace={source.place}", *_about(words, source), *wider, f"output={output}")
 
@@ -114,7 +114,7 @@ def _check_nothing_runs(words: Words) -> None:
 
 def _plan(words: Words, console: Console) -> None:
     output = Path(words.need("output"))
-    check_file(output)
+    check_output("output", output, reads=_read(words))
     budget, grouped = words.whole("move_budget", None, least=0), words.one_of("groups", ("true", "false")) == "true"
     source, given = open_source(words), asked(words.launch)
     header = source.trace.header
@@ -169,6 +169,7 @@ def _apply(words: Words, console: Console) -> None:
     folder = _folder(words, str(_applied(file)))
     before = None
     if "trace" in words.own:
+        _check_recording(words, "trace")
         before = read_header(words.own["trace"])
         words = repeated(words, Path(words.own["trace"]), before, plan)
     if given := words.value("placement.file"):
@@ -192,6 +193,8 @@ def _apply(words: Words, console: Console) -> None:
 
 
 def _compare(words: Words, console: Console) -> None:
+    for key in ("trace", "measured"):
+        _check_recording(words, key)
     before, file = read_trace(words.need("trace")), words.need("plan")
     plan = read_plan(file)
     check_fits(plan, before.header, name=f"plan={file}")
@@ -202,6 +205,16 @@ def _compare(words: Words, console: Console) -> None:
     if run := read_run(folder):
         launch = [word for word in run.launch if not word.startswith("balance.")]
         console.line(f"use it: python -m moe_runtime {shlex.join(launch)}")
+
+
+def _check_recording(words: Words, key: str) -> None:
+    """ConfigError where `key` names something else, like another program's record."""
+    place = words.own.get(key)
+    if place is not None and Path(place).exists() and not has_trace(place):
+        raise ConfigError(
+            f"{key}={place}: is no recording of this tool, and {words.command} needs one. Give a folder that record or "
+            "apply has written."
+        )
 
 
 def _measured(trace: str, file: str, plan: ExpertPlacement) -> Path:
@@ -225,14 +238,9 @@ def _runs(folder: Path) -> Iterator[Path]:
         number += 1
 
 
-def check_file(file: Path) -> None:
-    """ConfigError where `file`, the command's output, cannot be written: better now than after the work."""
-    if file.is_dir():
-        raise ConfigError(f"output={file}: is a folder. Name a file in it: output={file / 'FILE'}")
-    if not file.parent.is_dir():
-        raise ConfigError(f"output={file}: there is no folder {file.parent}. Make it first: mkdir -p '{file.parent}'")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ConfigError(f"output={file}: cannot be written to. Name another file.")
+def _read(words: Words) -> list[str | None]:
+    """The files and folders that the command reads, as the words name them."""
+    return [words.own.get("trace"), words.own.get("plan"), *map(words.value, ("placement.file", "prompts", "model"))]
 
 
 def _document(console: Console, source: Source, plan: ExpertPlacement | None, name: str) -> Document:
@@ -255,7 +263,10 @@ def _about(words: Words, source: Source) -> list[str]:
     """The words that say what a trace is of, for the next command on it."""
     names = ("model=",) if source.ours else ("model=", "ep=", "ranks_per_node=", "placement.file=")
     own = [f"{name}={words.own[name]}" for name in ("fine_tune", "num_routed") if name in words.own]
-    return [*(word for word in words.launch if word.startswith(names)), *own]
+    placed = [word for word in words.launch if word.startswith(names)]
+    if source.trace.header.ep == 1:  # the next command spreads experts over more ranks
+        placed = [word for word in placed if not word.startswith(("ep=", "placement.file="))]
+    return [*placed, *own]
 
 
 def _next(console: Console, *words: str) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 from moe_runtime.balance.trace import Trace
 from moe_runtime.parallel.placement import ExpertPlacement
 from moe_runtime.parallel.replicas import ReplicaChoice
-from moe_tools.expert_load.analysis import Candidate, candidates, hot_experts, share, spans
+from moe_tools.expert_load.analysis import OURS, Candidate, candidates, hot_experts, share, spans
 from moe_tools.expert_load.facts import Facts
-from moe_tools.expert_load.routes import Pairs, pairs
+from moe_tools.expert_load.pairs import Pairs, pairs
 from moe_tools.expert_load.traffic import Traffic
 
 MOST_WINDOWS: Final = 120
@@ -62,6 +62,8 @@ def make_document(
     data: dict[str, Any] = {
         "model": header.model or "a model without a name",
         "mode": header.mode,
+        "source": header.source,
+        "measured": header.source == OURS,
         "created": header.created,
         "layers": header.num_layers,
         "experts": header.num_logical,
@@ -78,7 +80,7 @@ def make_document(
         "dropped_windows": header.dropped_windows,
         "complete": header.complete,
         "expert_load": load.tolist(),
-        "placements": [_candidate(candidate) for candidate in found],
+        "placements": [_candidate(candidate, facts) for candidate in found],
         "time": _time(trace, found),
         "hot_experts": [
             {"layer": h.layer, "expert": h.expert, "tokens": h.tokens, "times": h.times, "ranks": list(h.ranks)}
@@ -88,17 +90,21 @@ def make_document(
         "pairs": _all_pairs(trace),
         "traffic": {"unit": "rows" if facts is None else "bytes", "row_bytes": _row_bytes(facts)}
         | {candidate.key: _traffic(candidate.traffic, _row_bytes(facts)) for candidate in found},
-        "plan": None if plan is None else _plan(recorded.placement, plan, plan_name, facts, header.ranks_per_node),
+        "plan": None if plan is None else _plan(recorded.placement, plan, plan_name, facts),
     }
     return Document(_plain(data), found)
 
 
-def _candidate(found: Candidate) -> dict[str, Any]:
+def _candidate(found: Candidate, facts: Facts | None) -> dict[str, Any]:
+    known = found.placement
+    weights = None if known is None or facts is None else facts.slot_bytes * known.num_layers * known.num_local
     return {
         "key": found.key,
         "name": found.name,
         "kind": found.kind,
-        "slots": None if found.placement is None else found.placement.num_local,
+        "ep": found.ep,
+        "slots": None if known is None else known.num_local,
+        "rank_bytes": weights,
         "rank_load": found.total.round(1).tolist(),
         "balance": found.balance.tolist(),
         "used": found.used,
@@ -183,11 +189,9 @@ def _traffic(sent: Traffic, size: int) -> dict[str, Any]:
     }
 
 
-def _plan(
-    before: ExpertPlacement | None, plan: ExpertPlacement, name: str, facts: Facts | None, ranks_per_node: int
-) -> dict[str, Any]:
+def _plan(before: ExpertPlacement | None, plan: ExpertPlacement, name: str, facts: Facts | None) -> dict[str, Any]:
     size = None if facts is None else facts.slot_bytes * plan.num_layers
-    moves = slot_moves(before, plan, ranks_per_node)
+    moves = slot_moves(before, plan)
     return {
         "name": name,
         "ep": plan.ep,
@@ -200,11 +204,11 @@ def _plan(
     }
 
 
-def slot_moves(before: ExpertPlacement | None, plan: ExpertPlacement, ranks_per_node: int) -> int | None:
+def slot_moves(before: ExpertPlacement | None, plan: ExpertPlacement) -> int | None:
     """Slots whose expert changes; None where the slots themselves differ, so that the run starts anew."""
     if before is None or (before.phy2log.shape, before.ep) != (plan.phy2log.shape, plan.ep):
         return None
-    return len(before.moves_to(plan, ranks_per_node=ranks_per_node))
+    return int((before.phy2log != plan.phy2log).sum())
 
 
 def _plain(value: Any) -> Any:

@@ -24,12 +24,6 @@ class Facts:
     """The weights of one expert in one layer, scales included"""
 
 
-def find_facts(config: RuntimeConfig) -> Facts | None:
-    """None where the model is not on this machine."""
-    model = find_model(config)
-    return None if model is None else facts_of(config, model)
-
-
 def find_model(config: RuntimeConfig) -> ModelConfig | None:
     """None where the model is not on this machine."""
     try:

@@ -38,21 +38,32 @@ def write_pictures(data: dict[str, Any], page: Path) -> list[Path]:
     beside `page` (report.html)."""
     experts = np.asarray(data["expert_load"], dtype=np.float64)
     named = {own["key"]: np.asarray(own["rank_load"], dtype=np.float64) for own in data["placements"]}
-    about = f"{data['model']}, ep={data['ep']}, {data['tokens']} tokens"
+    about = {own["key"]: f"{data['model']}, ep={own['ep']}, {data['tokens']} tokens" for own in data["placements"]}
+    here, how = about["recorded"], "as recorded" if data["measured"] else "as placed (assumed)"
     most = max(float(_relative(load).max()) for load in named.values())
-    found = {"experts": load_map(_relative(experts), f"{about}: load of the experts", "expert", None)}
-    found["ranks"] = load_map(_relative(named["recorded"]), f"{about}: rows of the ranks", "rank", most)
+    found = {"experts": load_map(_relative(experts), f"{here}: load of the experts", "expert", None)}
+    found["ranks"] = load_map(_relative(named["recorded"]), f"{here}: rows of the ranks, {how}", "rank", most)
     sent = {key: np.asarray(data["traffic"][key]["ranks"], dtype=np.float64) for key in named}
-    busiest, unit = max(float(matrix.max()) for matrix in sent.values()), data["traffic"]["unit"]
-    found["traffic"] = traffic_map(sent["recorded"], f"{about}: dispatch", unit, busiest)
+    unit, busiest = data["traffic"]["unit"], _scales(data)
+    found["traffic"] = traffic_map(sent["recorded"], f"{here}: dispatch, {how}", unit, busiest["recorded"])
     if "plan" in named:
-        found["planned"] = load_map(_relative(named["plan"]), f"{about}: rows of the ranks, planned", "rank", most)
-        found["planned-traffic"] = traffic_map(sent["plan"], f"{about}: dispatch, planned", unit, busiest)
+        there = about["plan"]
+        found["planned"] = load_map(_relative(named["plan"]), f"{there}: rows of the ranks, planned", "rank", most)
+        found["planned-traffic"] = traffic_map(sent["plan"], f"{there}: dispatch, planned", unit, busiest["plan"])
     files = []
     for name, pixels in found.items():
         files.append(page.with_name(f"{page.stem}-{name}.png"))
         files[-1].write_bytes(png_bytes(pixels))
     return files
+
+
+def _scales(data: dict[str, Any]) -> dict[str, float]:
+    """The most that a rank sends another, by placement: one number for all on as many ranks and known as exactly."""
+    most: dict[tuple[int, bool], float] = {}
+    kinds = {own["key"]: (own["ep"], data["traffic"][own["key"]]["exact"]) for own in data["placements"]}
+    for key, kind in kinds.items():
+        most[kind] = max(most.get(kind, 0.0), float(np.max(data["traffic"][key]["ranks"])))
+    return {key: most[kind] for key, kind in kinds.items()}
 
 
 def load_map(values: NDArray[np.float64], title: str, column: str, most: float | None) -> Pixels:

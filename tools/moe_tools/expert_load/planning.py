@@ -12,7 +12,7 @@ from moe_runtime.balance.trace import Trace
 from moe_runtime.errors import ConfigError
 from moe_runtime.parallel.placement import ExpertPlacement, num_physical_experts
 from moe_runtime.parallel.replicas import ReplicaChoice
-from moe_tools.expert_load.analysis import Floats, balance_of, check_fits, predicted_rank_loads
+from moe_tools.expert_load.analysis import Floats, check_fits, predicted_rank_loads, time_used
 
 
 def make_plan(
@@ -78,7 +78,8 @@ def read_plan(file: str) -> ExpertPlacement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """A plan's promise, made from one trace, and what was measured under it. [L, ep] rows each."""
+    """A plan's promise, made from one trace, and what was measured under it. `[W, L, ep]` rows each; where the runs
+    differ, so may W."""
 
     predicted: Floats
     exact: bool
@@ -87,14 +88,20 @@ class Comparison:
     same_routing: bool
     """Both traces have the same load for every expert of every layer"""
 
-    def off_by(self) -> float:
-        """Mean over ranks and layers of |predicted − measured| rows, over the mean of measured rows."""
-        mean = float(self.measured.mean())
-        return float(np.abs(self.predicted - self.measured).mean()) / mean if mean else 0.0
+    @property
+    def totals(self) -> tuple[Floats, Floats]:
+        """[L, ep] rows of all windows, predicted and measured."""
+        return self.predicted.sum(axis=0), self.measured.sum(axis=0)
 
-    def balances(self) -> tuple[Floats, Floats]:
-        """[L] balancedness, predicted and measured."""
-        return balance_of(self.predicted), balance_of(self.measured)
+    def off_by(self) -> float:
+        """Mean over ranks and layers of |predicted − measured| rows in all, over the mean of measured rows."""
+        predicted, measured = self.totals
+        mean = float(measured.mean())
+        return float(np.abs(predicted - measured).mean()) / mean if mean else 0.0
+
+    def used(self) -> tuple[float, float]:
+        """`time_used`, predicted and measured: what `plan` promises."""
+        return time_used(self.predicted), time_used(self.measured)
 
 
 def compare(
@@ -120,8 +127,8 @@ def compare(
         )
     rows, exact = predicted_rank_loads(before, plan, choice)
     return Comparison(
-        predicted=rows.sum(axis=0),
+        predicted=rows,
         exact=exact,
-        measured=measured.total_rank_loads.double().numpy(),
+        measured=measured.rank_loads.double().numpy(),
         same_routing=before.total_loads.equal(measured.total_loads),
     )

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import numpy as np
@@ -133,6 +134,14 @@ def check_folder(folder: Path) -> None:
     if has_trace(folder):
         free = free_folder(folder)
         raise ConfigError(f"output={folder}: holds a trace already. Remove it, or write elsewhere: output={free}")
+    near = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    try:
+        with TemporaryDirectory(prefix=".", dir=near):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output={folder}: no folder can be made in {near}: {error.strerror}. Name one in a folder of yours."
+        ) from None
 
 
 def free_folder(folder: Path) -> Path:

@@ -63,7 +63,8 @@ def repeated(words: Words, folder: Path, header: TraceHeader, plan: ExpertPlacem
         del mesh["tp"]
     kept = [word for word in run.launch if not word.startswith((*_NOT_REPEATED, "balance."))]
     kept += [word for word in run.launch if word.startswith((*_OF_RECORDING, "placement.replica_choice="))]
-    kept += [f"{key}={value}" for key, value in mesh.items() if not words.gives(key)]
+    kept += [f"{key}={value}" for key, value in mesh.items()]
+    kept = [word for word in kept if not words.gives(word.partition("=")[0])]
     return Words(words.command, {**run.own, **words.own}, (*kept, *words.launch))
 
 

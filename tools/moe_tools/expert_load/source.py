@@ -23,7 +23,7 @@ from moe_runtime.launch.recording import trace_header
 from moe_runtime.launch.topology import RANKS_PER_NODE
 from moe_runtime.parallel.placement import ExpertPlacement
 from moe_tools.expert_load.facts import Facts, facts_of, find_model
-from moe_tools.expert_load.run_file import read_run
+from moe_tools.expert_load.run_file import RUN_FILE, read_run
 from moe_tools.expert_load.words import Words, asked, config_of
 
 BATCH: Final = 64
@@ -104,9 +104,16 @@ def _source(words: Words, trace: Trace, place: Path) -> Source:
     header, given, run = trace.header, words.value("model"), read_run(place)
     own = [] if run is None else [word for word in run.launch if word.startswith(("dtype=", "device=", "fp8_weights="))]
     ran = None if run is None else Words(words.command, {}, run.launch).value("model")
+    if ran is not None and Path(ran).name != header.model:
+        run, ran, own = None, None, []  # the file is of another run
     shared = "dispatched" if header.num_logical > header.num_routed else "replicated"
     name = given or ran or header.model
-    config = _config([f"model={name}", *own, f"shared_experts={shared}"], header) if name else None
+    try:
+        config = _config([f"model={name}", *own, f"shared_experts={shared}"], header) if name else None
+    except ConfigError as error:
+        if not own:
+            raise
+        raise ConfigError(f"{place / RUN_FILE}: {error} Put that right there, or remove the file.") from None
     if given is not None:
         load_config(model_path(given))  # raises where there is none
     elif words.flag("fine_tune"):

@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_runtime.cli.console import Console, count
 from moe_runtime.launch.sizing import format_bytes
-from moe_tools.expert_load.analysis import Candidate, Floats
+from moe_tools.expert_load.analysis import Candidate, Floats, balance_of
 from moe_tools.expert_load.document import Document
 from moe_tools.expert_load.planning import Comparison
 
@@ -22,16 +22,21 @@ def show_summary(console: Console, document: Document) -> None:
     nodes = -(-data["ep"] // data["ranks_per_node"])
     rows = [
         ("model", f"{data['model']}: {count(data['layers'], 'MoE layer')} of {count(data['experts'], 'expert')}"),
-        ("ranks", f"{data['ep']} on {count(nodes, 'node')}"),
+        ("ranks", f"{data['ep']} on {count(nodes, 'node')}{_other_ranks(document)}"),
         ("tokens", f"{data['tokens']} in {count(data['steps'], 'step')}, {count(data['windows'], 'window')}"),
         *_traffic(data["traffic"], [own for own in document.candidates if own.key != "none"]),
     ]
     if moved := data["changes"]:
         rows.append(("moved", f"{count(moved, 'time')} a layer's experts, while it ran"))
     if not data["complete"]:
-        rows.append(("trace", "not complete: the run goes on, or it ended early"))
+        rows.append(("trace", "not complete: the run goes on, it ended early, or its disk was too slow"))
     if dropped := data["dropped_windows"]:
-        rows.append(("trace", f"{count(dropped, 'window')} are missing: balance.trace_bytes was reached"))
+        rows.append(
+            (
+                "trace",
+                f"{count(dropped, 'window')} are missing: balance.trace_bytes was reached, or the disk was too slow",
+            )
+        )
     if hot := data["hot_experts"][:4]:
         each = ", ".join(f"{h['expert']} in layer {h['layer']} ({h['times']:.1f}×)" for h in hot)
         rows.append(("hot experts", each))
@@ -44,13 +49,21 @@ def show_summary(console: Console, document: Document) -> None:
             own.name,
             own.kind,
             percent(own.used),
-            f"{own.slowest:.2f}",
+            _number(own.slowest, 2),
             _number(_least(own.balance)),
             "–" if own.placement is None else f"{own.placement.ep} × {own.placement.num_local}",
         )
         for own in document.candidates
     ]
     console.table("placements (in each window and layer all ranks wait for the busiest)", header, lines)
+
+
+def _other_ranks(document: Document) -> str:
+    """What to keep in mind where the plan is for other ranks."""
+    plan, recorded = document.plan, document.recorded
+    if plan is None or plan.ep == recorded.ep:
+        return ""
+    return f"; the plan is for {plan.ep}: compare it with no balancing on {plan.ep}, not with the recording's figures"
 
 
 def _traffic(data: dict[str, Any], shown: list[Candidate]) -> list[tuple[str, str]]:
@@ -87,14 +100,15 @@ def show_plan(console: Console, document: Document) -> None:
 
 def show_comparison(console: Console, found: Comparison) -> None:
     """Predicted and measured, layer by layer."""
-    predicted, measured = found.balances()
+    totals = found.totals
+    predicted, measured = map(balance_of, totals)
     rows = [
         (
             str(layer),
             _number(predicted[layer]),
             _number(measured[layer]),
-            f"{found.predicted[layer].max():.0f}",
-            f"{found.measured[layer].max():.0f}",
+            f"{totals[0][layer].max():.0f}",
+            f"{totals[1][layer].max():.0f}",
         )
         for layer in range(min(len(predicted), _SHOWN_LAYERS))
     ]
@@ -102,16 +116,22 @@ def show_comparison(console: Console, found: Comparison) -> None:
     console.table("plan: predicted and measured", header, rows)
     if (more := len(predicted) - _SHOWN_LAYERS) > 0:
         console.line(f"… and {count(more, 'layer')} more, in the same way")
-    equal = (found.predicted == found.measured).all()
+    used = [percent(part) for part in found.used()]
     how = "each token's route sent through the plan" if found.exact else "loads spread over replicas"
     lines = [
         ("predicted", how),
-        ("rows of a rank", "exactly as predicted" if equal else f"off by {percent(found.off_by())} of the mean"),
+        ("experts' time", f"{used[0]} used as predicted, {used[1]} as measured"),
+        (
+            "rows of a rank",
+            "exactly as predicted"
+            if (totals[0] == totals[1]).all()
+            else f"off by {percent(found.off_by())} of the mean",
+        ),
         (
             "experts",
             "chosen equally often in both runs" if found.same_routing else "chosen differently: the runs differ",
         ),
-        ("all layers", f"{_number(_mean(predicted))} predicted, {_number(_mean(measured))} measured"),
+        ("balancedness", f"{_number(_mean(predicted))} predicted, {_number(_mean(measured))} measured, of all layers"),
     ]
     console.pairs("in all", lines)
 
@@ -125,8 +145,8 @@ def _amount(value: int, unit: str) -> str:
     return format_bytes(value) if unit == "bytes" else count(value, "row")
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "–"
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
 def _least(values: Floats) -> float:

@@ -108,6 +108,8 @@ def _view(document: dict[str, Any], now: float) -> View:
     pairs.append(("window", steps))
     if window.get("trace_error"):
         pairs.append(("trace", f"ended early: {window['trace_error']}"))
+    if dropped := window.get("trace_dropped"):
+        pairs.append(("trace", f"{count(dropped, 'window')} left out: the disk is slower than what is recorded"))
     return View("expert load", tuple(pairs), _rows(window, run.get("num_routed")), engine["state"] != "running")
 
 

@@ -7,8 +7,8 @@ python -m moe_tools.plan validate=true
 
 from __future__ import annotations
 
-import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +25,16 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     try:
         plan = parse_words(given)
-        return _validate(plan) if plan.validate else _plan(plan)
+        with _one_thread():
+            return _validate(plan) if plan.validate else _plan(plan)
     except MoeRuntimeError as error:
         print(error, file=sys.stderr)
         return 2
 
 
 def _plan(plan: PlanConfig) -> int:
+    from moe_runtime.cli.console import open_console
+    from moe_tools.expert_load.progress import watched
     from moe_tools.plan.document import as_json
     from moe_tools.plan.evaluate import Evaluator, evaluate
     from moe_tools.plan.page import page
@@ -39,14 +42,11 @@ def _plan(plan: PlanConfig) -> int:
     from moe_tools.plan.report import intro, lines
 
     _check_outputs(plan)
+    console, state = open_console(sys.stderr), [""]
     evaluator = Evaluator(plan)
     print(intro(evaluator), flush=True)
-    quiet = not sys.stderr.isatty()
-    answer = evaluate(
-        evaluator, on_layout=lambda one: None if quiet else print(f"\r{one!s:<60}", end="", file=sys.stderr)
-    )
-    if not quiet:
-        print("\r" + " " * 60, end="\r", file=sys.stderr)
+    with watched(console, "layouts", lambda: state[-1]):
+        answer = evaluate(evaluator, on_layout=state.append)
     with _written("placement", plan.placement):
         files = write_placements(answer)
     for line in lines(answer, files):
@@ -64,21 +64,27 @@ def _plan(plan: PlanConfig) -> int:
 
 
 def _check_outputs(plan: PlanConfig) -> None:
-    """Better now than after the work. ConfigError where a file cannot be written."""
+    """Better now than after the work. ConfigError where a file cannot be written, or is one that is read."""
+    from moe_tools.outputs import check_output
+
     files = [(key, Path(file)) for key in ("json", "html", "placement") if (file := getattr(plan, key)) is not None]
     for number, (key, file) in enumerate(files):
-        folder = file.absolute().parent
-        if not folder.is_dir():
-            near = next(parent for parent in folder.parents if parent.is_dir())
-            raise ConfigError(
-                f"{key}={file}: there is no folder {str(folder)!r}. Make it first. Nearest: {key}={near / file.name}."
-            )
-        if file.is_dir():
-            raise ConfigError(f"{key}={file}: is a folder. Give a file in it, e.g. {key}={file / f'plan.{key}'}.")
-        if not os.access(file if file.exists() else folder, os.W_OK):
-            raise ConfigError(f"{key}={file}: may not be written. Give a file in a folder of yours.")
-        if other := next((name for name, path in files[:number] if path == file), None):
+        check_output(key, file, reads=(plan.trace, plan.hardware, plan.model))
+        if other := next((name for name, path in files[:number] if path.absolute() == file.absolute()), None):
             raise ConfigError(f"{key}={file}: is also {other}=. Give each its own file.")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of small operations: torch's threads would only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -90,12 +96,17 @@ def _written(key: str, file: str | None) -> Iterator[None]:
 
 
 def _validate(plan: PlanConfig) -> int:
+    from moe_runtime.cli.console import open_console
+    from moe_tools.expert_load.progress import watched
     from moe_tools.plan.published import Predictor, held_out, leave_one_out
     from moe_tools.plan.published_report import published_text
     from moe_tools.plan.sensitivity import sensitivities
 
-    predictor = Predictor(seed=plan.seed)
-    print(published_text(leave_one_out(predictor), held_out(predictor), sensitivities(seed=plan.seed)))
+    began = time.monotonic()
+    with watched(open_console(sys.stderr), "published runs", lambda: f"{time.monotonic() - began:.0f} s"):
+        predictor = Predictor(seed=plan.seed)
+        text = published_text(leave_one_out(predictor), held_out(predictor), sensitivities(seed=plan.seed))
+    print(text)
     return 0
 
 

@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Final
 
 from moe_tools.plan.answer import PHASES, Answer, Phase, Refused
+from moe_tools.plan.deployment import USABLE, Rule
 from moe_tools.plan.evaluate import TOGETHER_TOKENS
-from moe_tools.plan.layouts import USABLE, Rule
 
 _FOUND: Final[Mapping[Phase, str]] = MappingProxyType(
     {"decode": "decodes", "prefill": "prefills", "one unit": "together"}
@@ -38,9 +38,10 @@ def _remedy(answer: Answer, nearest: Refused) -> str:
     match rule:
         case "tpot_ms" | "ttft_ms":
             wanted = getattr(plan, rule)
+            smaller = "a smaller batch=, " if plan.batch and rule == "tpot_ms" else ""
             return (
                 f"nothing meets {rule}={wanted:g}. The least is {least:.4g} ms ({layout}). "
-                f"Set {rule}={_up(least):g}, or try {_OTHERWISE[rule]}."
+                f"Set {rule}={_up(least):g}, or try {smaller}{_OTHERWISE[rule]}."
             )
         case "prompts":
             batch = TOGETHER_TOKENS * plan.output_tokens // plan.prompt_tokens
@@ -50,11 +51,11 @@ def _remedy(answer: Answer, nearest: Refused) -> str:
         case "memory":
             room = USABLE * answer.machine.memory_bytes / 1e9
             wider = f"ep={answer.nearest_ep}, " if answer.nearest_ep else ""
-            fewer = "batch=, redundant=" if plan.batch else "redundant="
+            fewer = "batch=, " if plan.batch else ""
             return (
                 f"nothing fits. The least needed is {least / 1e9:.4g} GB of {room:.4g} usable ({layout}). Set {wider}"
-                f"kv_cache_dtype=fp8, less {fewer}, prompt_tokens=, output_tokens= or prefill_tokens=, or hardware "
-                "with more memory."
+                f"kv_cache_dtype=fp8, a smaller {fewer}redundant=, prompt_tokens=, output_tokens= or prefill_tokens=, "
+                "or take hardware with more memory."
             )
         case "configuration" | "layout":
             return f"nothing fits. {layout}: {nearest.reason}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from moe_models.base import ModelConfig
 
+from moe_tools.plan.deployment import Deployment, Layout, Memory, Rule
 from moe_tools.plan.hardware import Machine
-from moe_tools.plan.layouts import Deployment, Layout, Memory, Rule
 from moe_tools.plan.routes import Routes
 from moe_tools.plan.settings import PlanConfig
 from moe_tools.plan.timing import Constants, Step
@@ -29,7 +30,11 @@ class Decode:
     deployment: Deployment
     batch: int
     step: Step
-    memory: Memory
+
+    @property
+    def memory(self) -> Memory:
+        """Of one rank."""
+        return self.deployment.memory
 
     @property
     def tpot_ms(self) -> float:
@@ -51,7 +56,11 @@ class Prefill:
     steps: int
     """That one prompt takes"""
     step: Step
-    memory: Memory
+
+    @property
+    def memory(self) -> Memory:
+        """Of one rank."""
+        return self.deployment.memory
 
     @property
     def ttft_ms(self) -> float:
@@ -122,6 +131,36 @@ class Together:
     def mixed_ms(self) -> float:
         """A step that carries prompt tokens too: both parts added up."""
         return (self.decode.step.us + self.prefill.step.us) / 1e3
+
+    @property
+    def memory(self) -> Memory:
+        """Of one rank."""
+        return self.decode.memory
+
+    @property
+    def network_bytes(self) -> float:
+        """Mean of the ranks and of the steps, with and without prompts."""
+        return self.decode.step.network_bytes + self.share * self.prefill.step.network_bytes
+
+    @property
+    def parts_us(self) -> Mapping[str, float]:
+        """What the mean step is made of, on the busiest rank: a step's own, and its share of a step's prompts."""
+        prompts = self.prefill.step.parts
+        return {name: us + self.share * prompts[name] for name, us in self.decode.step.parts.items()}
+
+    @property
+    def bounds(self) -> Mapping[str, str]:
+        """What each part waits for; two words where prompts wait for something else."""
+        own, prompts = self.decode.step.bounds, self.prefill.step.bounds
+        return {
+            name: word if word == prompts.get(name, word) else f"{word}, prompts: {prompts[name]}"
+            for name, word in own.items()
+        }
+
+    @property
+    def bound(self) -> str:
+        """The largest part's name."""
+        return max(self.parts_us, key=self.parts_us.__getitem__)
 
     @property
     def ttft_ms(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -10,13 +10,12 @@ import numpy as np
 from moe_runtime.dispatch.timeline import Costs
 from moe_runtime.engine.lockstep import AgreedStep
 from moe_tools.plan.curves import Curves, attention_weights
-from moe_tools.plan.layouts import Deployment
+from moe_tools.plan.deployment import Deployment
+from moe_tools.plan.hardware import MEASURED, Machine, load_machine
 from moe_tools.plan.replay import Counts, Replay
 from moe_tools.plan.routes import Routes
-from moe_tools.plan.wire import Transfer, Wire
+from moe_tools.plan.wire import Transfer, Wire, slower_link
 
-Kept = dict[tuple[int, bool], tuple[list[Counts], float]]
-"""(tokens of a rank, in order) → every replayed layer's counts, and real tokens per counted one."""
 MOST_TOKENS: Final = 65536
 """Tokens of all ranks that are counted one by one; of larger steps this many, and the counts are scaled."""
 
@@ -36,18 +35,32 @@ class LayerCosts:
     combine: Transfer
     imbalance: float
     most_rows: float
+    """Of the rank with the most"""
     most_active: float
+    """Slots with any row, of the rank with the most"""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What cost models of one replay and one question share."""
+
+    measured: Machine = field(default_factory=lambda: load_machine(MEASURED))
+    """Whose tables stand for what a machine lacks"""
+    counts: dict[tuple[int, bool], tuple[list[Counts], float]] = field(default_factory=dict)
+    """(tokens of a rank, in order) → every replayed layer's counts, and real tokens per counted one"""
+    layers: dict[tuple[str, str, int, int, bool], LayerCosts] = field(default_factory=dict)
+    """(backend, machine, tokens of a rank, room for, decode) → what they cost"""
 
 
 class CostModel:
-    """Costs of one deployment's micro-batches. `kept`: counts of equal dispatches, shared by models of one replay."""
+    """Costs of one deployment's micro-batches. `kept`: shared by models of one replay."""
 
     def __init__(self, deployment: Deployment, routes: Routes, replay: Replay, kept: Kept | None = None) -> None:
         self.deployment, self.routes, self.replay = deployment, routes, replay
         model = deployment.model
-        self.curves = Curves.of(deployment.machine, model, fp8=deployment.fp8)
-        self.wire = Wire.of(deployment.machine, deployment.spec, deployment.layout.dispatch)
-        self.kept: Kept = {} if kept is None else kept
+        self.kept = Kept() if kept is None else kept
+        self.curves = Curves(deployment.machine, self.kept.measured, model, deployment.fp8)
+        self.wire = Wire(deployment.machine, self.kept.measured, deployment.spec, deployment.layout.dispatch)
 
     def micro_batch(
         self, rows: int, agreed: AgreedStep, *, decode: bool, length: float
@@ -97,6 +110,13 @@ class CostModel:
         return 2 * (TP_START_US + 1e6 * num_bytes / (TP_RATE * machine.rates.nvlink_bytes_per_s))
 
     def _layer(self, chunk: int, agreed: AgreedStep, *, decode: bool) -> LayerCosts:
+        machine, dispatch, capacity = self.deployment.machine, self.deployment.layout.dispatch, agreed.chunk_tokens
+        key = (dispatch, machine.key, chunk, capacity, decode)
+        if key not in self.kept.layers:
+            self.kept.layers[key] = self._counted(chunk, max(1, capacity), decode=decode)
+        return self.kept.layers[key]
+
+    def _counted(self, chunk: int, capacity: int, *, decode: bool) -> LayerCosts:
         counts, scale = self._replayed(chunk, in_order=not decode)
         busiest, mean, ways, imbalance = [], [], [], []
         ep = self.deployment.layout.ep
@@ -107,31 +127,34 @@ class CostModel:
             busiest.append(float(us.max()))
             mean.append(float(us.mean()))
             imbalance.append(own.imbalance)
-            capacity = max(1, agreed.chunk_tokens)
             ways.append(tuple([
                 self.wire.transfer(own, way, decode=decode, capacity=capacity, scale=scale)
                 for way in ("dispatch", "combine")
             ]))  # fmt: skip
-        most = float(counts[0].rows.max()) * scale, float(counts[0].active.max())
+        most = [
+            float(np.mean([float(value.max()) for value in values]))
+            for values in ([own.rows * scale for own in counts], [own.active for own in counts])
+        ]
         there, back = (_mean([pair[way] for pair in ways]) for way in (0, 1))
         return LayerCosts(float(np.mean(busiest)), float(np.mean(mean)), there, back, float(np.mean(imbalance)), *most)
 
     def _replayed(self, chunk: int, *, in_order: bool) -> tuple[list[Counts], float]:
         key = (chunk, in_order)
-        if key not in self.kept:
+        if key not in self.kept.counts:
             ep = self.deployment.layout.ep
             counted = min(chunk, max(1, MOST_TOKENS // ep))
-            self.kept[key] = (
+            self.kept.counts[key] = (
                 [
                     self.replay.count_even(layer, self.routes.step(layer, counted * ep, in_order=in_order, seed=layer))
                     for layer in range(self.replay.placement.num_layers)
                 ],
                 chunk / counted,
             )
-        return self.kept[key]
+        return self.kept.counts[key]
 
     def bounds(self, rows: int, layer: LayerCosts, *, decode: bool, length: float) -> dict[str, str]:
-        """Whether bytes or arithmetic hold each term, by the floors of its main work."""
+        """Whether bytes or arithmetic hold each term, by the floors of its main work; transfers: which link. Of one
+        micro-batch of `rows` rows."""
         layout, model, rates = self.deployment.layout, self.deployment.model, self.deployment.machine.rates
         size, flops = (1.0, rates.fp8_flops) if self.deployment.fp8 else (2.0, rates.bf16_flops)
         weights = 3.0 * model.hidden_size * model.moe_intermediate_size
@@ -150,10 +173,9 @@ class CostModel:
             "shared expert": held(weights * size, 2.0 * local * weights),
             "dense layers": held(size, 2.0 * local),
             "head": held(2.0, 2.0 * (rows if decode else rows / length) * flops / rates.bf16_flops),
-            "transfers": layer.dispatch.bound,
+            "transfers": slower_link((layer.dispatch, layer.combine)),
         }
 
 
 def _mean(transfers: list[Transfer]) -> Transfer:
-    columns = zip(*[(t.us, t.network_bytes, t.nvlink_bytes, t.mean_network_bytes) for t in transfers], strict=True)
-    return Transfer(*[float(np.mean(column)) for column in columns])
+    return Transfer(*[float(np.mean(column)) for column in zip(*map(astuple, transfers), strict=True)])

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from types import MappingProxyType
-from typing import Any, Final
+from typing import Any
 
 from moe_tools.plan.advice import advice
 from moe_tools.plan.answer import Answer, Apart, Decode, Prefill, Together
-from moe_tools.plan.placed import Files, command
+from moe_tools.plan.placed import NO_FILES, Files, command
 from moe_tools.plan.report import waits_ms
 
-_NONE: Final[Files] = MappingProxyType({})
 
-
-def as_json(answer: Answer, files: Files = _NONE) -> str:
+def as_json(answer: Answer, files: Files = NO_FILES) -> str:
     """Everything, one object."""
     return json.dumps(
         {
@@ -24,6 +21,7 @@ def as_json(answer: Answer, files: Files = _NONE) -> str:
             "model_layers": answer.model.num_layers,
             "hardware": {"name": answer.machine.rates.name, "sources": dict(answer.machine.sources)},
             "routes": answer.routes.source,
+            "recording_replayed": asdict(repeat) if (repeat := answer.routes.repeat) else None,
             "constants": asdict(answer.constants),
             "decode": [_unit(one, files) | {"batch": one.batch, "tpot_ms": one.tpot_ms} for one in answer.decodes],
             "prefill": [_unit(one, files) | {"tokens": one.tokens, "ttft_ms": one.ttft_ms} for one in answer.prefills],
@@ -83,4 +81,12 @@ def _together(one: Together, files: Files) -> Mapping[str, Any]:
         "step_with_prompts_ms": one.mixed_ms,
         "step_without_prompts_ms": one.decode.tpot_ms,
         "share_of_steps_with_prompts": one.share,
+        "memory_bytes": asdict(one.memory) | {"total": one.memory.total},
+        "network_bytes": one.network_bytes,
+        "imbalance": one.decode.step.imbalance,
+        "parts_us": dict(one.parts_us),
+        "bounds": dict(one.bounds),
+        "bound": one.bound,
+        "step_without_prompts": _unit(one.decode, files),
+        "prompts_of_a_step": _unit(one.prefill, files),
     }

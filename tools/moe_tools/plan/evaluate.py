@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -18,8 +17,8 @@ from moe_runtime.launch.placing import num_dispatched_shared
 from moe_runtime.parallel.placement import ExpertPlacement, expected_load
 from moe_tools.plan.answer import PHASES, Answer, Apart, Decode, Phase, Prefill, Refused, Together
 from moe_tools.plan.costs import CostModel, Kept
-from moe_tools.plan.hardware import load_machine
-from moe_tools.plan.layouts import Deployment, Layout, Obstacle, base_config, deploy, layouts
+from moe_tools.plan.deployment import Deployment, Layout, Obstacle, base_config, deploy, layouts
+from moe_tools.plan.hardware import MEASURED, load_machine
 from moe_tools.plan.placed import planned
 from moe_tools.plan.published import FITTED
 from moe_tools.plan.replay import Replay
@@ -47,6 +46,7 @@ class Evaluator:
         self.base, self.model = base_config(plan, self.machine)
         self.routes = _routes(plan, self.base, self.model)
         self._replays: dict[tuple[int, int], Replay] = {}
+        self._measured = load_machine(MEASURED)
         self._kept: dict[tuple[int, int], Kept] = {}
         self._prompts: dict[tuple[Layout, LockstepLimits, int], Step] = {}
 
@@ -116,19 +116,19 @@ class Evaluator:
 
     def _decoded(self, made: Deployment, batch: int) -> Decode:
         kv_len = self.plan.prompt_tokens + self.plan.output_tokens / 2
-        return Decode(made, batch, self._timer(made).decode(batch, kv_len), made.memory)
+        return Decode(made, batch, self._timer(made).decode(batch, kv_len))
 
     def _prefilled(self, made: Deployment, tokens: int) -> Prefill:
         prompt, timer = self.plan.prompt_tokens, self._timer(made)
         key = (made.layout, timer.limits(), tokens)
         if key not in self._prompts:
             self._prompts[key] = timer.prefill(tokens, prompt)
-        return Prefill(made, tokens, -(-prompt // tokens), self._prompts[key], made.memory)
+        return Prefill(made, tokens, -(-prompt // tokens), self._prompts[key])
 
     def _timer(self, made: Deployment) -> StepTimer:
         layout = made.layout
         replay = self.replay(layout.ep, layout.redundant)
-        kept = self._kept.setdefault((layout.ep, layout.redundant), {})
+        kept = self._kept.setdefault((layout.ep, layout.redundant), Kept(self._measured))
         return StepTimer(CostModel(made, self.routes, replay, kept), self.constants)
 
     def prefill(self, layout: Layout) -> Prefill | Refused:
@@ -181,13 +181,23 @@ def largest(
         return isinstance(tried[batch], Refused)
 
     # A step of another shape may be shorter than one of fewer sequences; within a shape more take longer.
-    shapes = [list(own) for _, own in groupby(batches[:count], key=lambda batch: decode_shape(made[batch], batch))]
-    for own in reversed(shapes):
+    for own in reversed(list(_same_shape(batches[:count], lambda batch: decode_shape(made[batch], batch)))):
         if fails(own[0]):
             continue
         best = own[-1] if len(own) == 1 or not fails(own[-1]) else own[bisect_left(own, True, key=fails) - 1]
         return tried[best] if best in tried else judge(best)
     return tried[batches[0]]
+
+
+def _same_shape(batches: Sequence[int], shape: Callable[[int], object]) -> Iterator[Sequence[int]]:
+    """`batches` in runs of one shape. Micro-batches, dispatches and steps without a graph only become more with the
+    batch, so what lies between two of one shape has it too."""
+    first = 0
+    while first < len(batches):
+        own = shape(batches[first])
+        end = bisect_left(batches, True, lo=first + 1, key=lambda batch: shape(batch) != own)
+        yield batches[first:end]
+        first = end
 
 
 def _refused(layout: Layout, phase: Phase, problem: Obstacle) -> Refused:
@@ -198,15 +208,19 @@ def _sequences(batch: int) -> str:
     return f"{batch} sequence{'s' if batch > 1 else ''}"
 
 
-def evaluate(evaluator: Evaluator, *, on_layout: Callable[[Layout], None] = lambda _: None) -> Answer:
-    """All layouts of the question. ConfigError and TraceError for a question that has none."""
+def evaluate(evaluator: Evaluator, *, on_layout: Callable[[str], None] = lambda _: None) -> Answer:
+    """All layouts of the question; `on_layout` hears of each as its turn comes.
+
+    ConfigError and TraceError for a question that has no answer.
+    """
     plan = evaluator.plan
     decodes: list[Decode] = []
     prefills: list[Prefill] = []
     together: list[Together] = []
     refused: list[Refused] = []
-    for layout, problem in dict(layouts(plan, evaluator.model, num_logical=evaluator.routes.num_logical)).items():
-        on_layout(layout)
+    asked = dict(layouts(plan, evaluator.model, num_logical=evaluator.routes.num_logical))
+    for number, (layout, problem) in enumerate(asked.items(), 1):
+        on_layout(f"{number} of {len(asked)}, {layout}")
         for found in _units(evaluator, layout, problem):
             match found:
                 case Decode():

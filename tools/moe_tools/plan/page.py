@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 from moe_tools.plan.advice import advice, refusals
 from moe_tools.plan.answer import Answer, Apart, Together
 from moe_tools.plan.charts import bars, scatter
-from moe_tools.plan.layouts import Deployment
-from moe_tools.plan.placed import Files, command
+from moe_tools.plan.deployment import Deployment
+from moe_tools.plan.placed import NO_FILES, Files, command
 from moe_tools.plan.report import (
     APART_HEAD,
     DECODE_HEAD,
@@ -22,6 +21,7 @@ from moe_tools.plan.report import (
     TOGETHER_NOTE,
     Cells,
     apart_cells,
+    both_text,
     decode_cells,
     intro,
     memory_text,
@@ -36,12 +36,11 @@ from moe_tools.plan.report import (
 
 _STYLE: Final = Path(__file__).with_name("page.css")
 _POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'"
-_NONE: Final[Files] = MappingProxyType({})
 _LEFT: Final = frozenset({"bound by", "prefill unit"})
 """Columns of words"""
 
 
-def page(answer: Answer, files: Files = _NONE) -> str:
+def page(answer: Answer, files: Files = NO_FILES) -> str:
     """The page's text. `files`: the placements that its commands name."""
     title = f"Capacity plan: {escape(answer.plan.model)} on {escape(answer.machine.rates.name)}"
     said = "".join(f"<p>{escape(line)}</p>" for line in intro(answer).splitlines())
@@ -83,6 +82,8 @@ def _body(answer: Answer, files: Files) -> Iterator[str]:
     yield _section("Prefill and decode apart", APART_HEAD, [apart_cells(one) for one in answer.apart[:top]])
     rows = [together_cells(one) for one in answer.together[:top]]
     yield _section("One unit for both", TOGETHER_HEAD, rows, note=TOGETHER_NOTE)
+    for both in answer.together[:1]:
+        yield _section("The best unit for both", TERM_HEAD, term_cells(both), note=both_text(both), plain=True)
     if answer.refused:
         yield _list(refusals(answer), "Not possible")
 

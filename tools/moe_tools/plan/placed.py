@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
 from moe_models.base import ModelConfig
 from torch import Tensor
 
 from moe_runtime.balance.planner import plan_placement
-from moe_runtime.balance.trace import read_trace
 from moe_runtime.parallel.placement import ExpertPlacement
 from moe_tools.plan.answer import Answer
+from moe_tools.plan.deployment import Deployment
 from moe_tools.plan.hardware import Machine
-from moe_tools.plan.layouts import Deployment
+from moe_tools.plan.routes import open_trace, seen_loads
 from moe_tools.plan.settings import PlanConfig
 
 Files = Mapping[tuple[int, int], str]
 """(ep, redundant) → the placement file of such a unit."""
+NO_FILES: Final[Files] = MappingProxyType({})
 
 
 def planned(
@@ -54,7 +57,7 @@ def write_placements(answer: Answer) -> Files:
     files: dict[tuple[int, int], str] = {}
     if plan.placement is None or plan.trace is None or plan.policy == "uniform":
         return files
-    loads, first = read_trace(plan.trace).loads, Path(plan.placement)
+    loads, first = seen_loads(open_trace(plan.trace, answer.model)), Path(plan.placement)
     for _, unit in winners(answer):
         key = (unit.layout.ep, unit.layout.redundant)
         if key in files:

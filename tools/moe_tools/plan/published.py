@@ -16,8 +16,8 @@ from moe_runtime.balance.planner import plan_placement
 from moe_runtime.engine.lockstep import LockstepLimits
 from moe_runtime.parallel.placement import ExpertPlacement, expected_load
 from moe_tools.plan.costs import CostModel
+from moe_tools.plan.deployment import Deployment, Layout, base_config, deploy
 from moe_tools.plan.hardware import load_machine
-from moe_tools.plan.layouts import Deployment, Layout, base_config, deploy
 from moe_tools.plan.published_runs import HELD_OUT, RUNS, Published
 from moe_tools.plan.replay import Replay
 from moe_tools.plan.routes import Routes, drawn, even

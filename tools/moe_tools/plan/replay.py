@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_runtime.balance.replay import distinct, replay
-from moe_runtime.balance.trace import Trace
+from moe_runtime.balance.replay import distinct
 from moe_runtime.parallel.placement import ExpertPlacement
 from moe_runtime.parallel.replicas import ReplicaChoice, ReplicaSelector
 from moe_runtime.types import LogicalRouting
@@ -93,9 +92,3 @@ class Replay:
             rank_copies=distinct(home, serving, ranks, ranks),
             node_copies=distinct(home, node, ranks, nodes),
         )
-
-
-def replay_trace(trace: Trace, placement: ExpertPlacement, *, choice: str = "static") -> Tensor:
-    """[W, L, S] int64: rows that each rank receives of every window's tokens, under `placement`, each token from the
-    rank on which it was recorded. Equal to `trace.rank_loads` under the placement and the choice of the recording."""
-    return replay(trace, placement, choice=choice).rank_loads

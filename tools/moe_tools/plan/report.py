@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import MappingProxyType
 from typing import Final
 
 from moe_runtime.launch.sizing import format_bytes
 from moe_tools.plan.advice import advice, refusals
 from moe_tools.plan.answer import Answer, Apart, Decode, Prefill, Together
 from moe_tools.plan.evaluate import Evaluator
-from moe_tools.plan.placed import Files, command
+from moe_tools.plan.placed import NO_FILES, Files, command
+from moe_tools.plan.timing import Step
 
 Cells = Sequence[str]
-_NONE: Final[Files] = MappingProxyType({})
 
 _STEP_HEAD = ("tok/s/GPU", "GB/rank", "network MB/rank/step", "imbalance", "attention ms", "experts ms", "exposed ms",
               "bound by")  # fmt: skip
 DECODE_HEAD = ("decode unit", "batch", "TPOT ms", *_STEP_HEAD)
 PREFILL_HEAD = ("prefill unit", "tokens", "TTFT ms", *_STEP_HEAD)
 APART_HEAD = ("decode unit", "batch", "prefill units for it", "TPOT ms", "TTFT ms", "tok/s/GPU", "prefill unit")
-TOGETHER_HEAD = ("unit", "batch", "TPOT ms", "step with prompts ms", "share of steps", "TTFT ms", "tok/s/GPU")
+TOGETHER_HEAD = ("unit", "batch", "TPOT ms", "step with prompts ms", "share of steps", "TTFT ms", "tok/s/GPU",
+                 "GB/rank", "network MB/rank/step", "imbalance", "bound by")  # fmt: skip
+MOST_STARTS: Final = 1 / 3
+"""Of a step: from here on a word is said"""
+SMALL_HIDDEN: Final = 2048
+"""Models less wide are far from DeepSeek-V3, whatever their steps wait for"""
 TERM_HEAD = ("term", "ms", "of the step", "bound by")
 
 
@@ -38,13 +42,21 @@ def _common(one: Decode | Prefill) -> Cells:
     return (
         short(one.tokens_per_s),
         short(one.memory.total / 1e9),
-        short(step.network_bytes / 1e6) if step.network_bytes else "none",
+        _network(step.network_bytes),
         f"{step.imbalance:.2f}",
         short(terms["attention"] / 1e3),
         short(terms["experts"] / 1e3),
         short(step.summary.exposed_us[0] / 1e3),
-        f"{step.bound}: {step.bounds[step.bound]}" if step.bound in step.bounds else step.bound,
+        _bound(step),
     )
+
+
+def _network(num_bytes: float) -> str:
+    return short(num_bytes / 1e6) if num_bytes else "none"
+
+
+def _bound(one: Step | Together) -> str:
+    return f"{one.bound}: {one.bounds[one.bound]}" if one.bound in one.bounds else one.bound
 
 
 def apart_cells(one: Apart) -> Cells:
@@ -68,6 +80,10 @@ def together_cells(one: Together) -> Cells:
         f"{one.share:.1%}",
         short(one.ttft_ms),
         short(one.tokens_per_s),
+        short(one.memory.total / 1e9),
+        _network(one.network_bytes),
+        f"{one.decode.step.imbalance:.2f}",
+        _bound(one),
     )
 
 
@@ -99,10 +115,12 @@ def intro(asked: Answer | Evaluator) -> str:
     plan, machine = asked.plan, asked.machine
     slo = [f"TPOT ≤ {plan.tpot_ms:g} ms" if plan.tpot_ms else "any TPOT"]
     slo += [f"TTFT ≤ {plan.ttft_ms:g} ms"] if plan.ttft_ms else []
+    again = f"\n{asked.routes.repeat}" if asked.routes.repeat else ""
     own = "" if machine.kernels else f"\nno kernel was timed on {machine.rates.name}: {_SCALED}"
     return (
         f"{plan.model} on {machine.rates.name}: {plan.prompt_tokens} tokens in, {plan.output_tokens} out, "
-        f"{', '.join(slo)}\nroutes {asked.routes.source}; placed by {plan.policy}, copies {plan.replica_choice}\n"
+        f"{', '.join(slo)}\nroutes {asked.routes.source}; placed by {plan.policy}, copies "
+        f"{plan.replica_choice}{again}\n"
         f"predicted from published kernel tables and exactly counted routes; nothing was measured here{own}"
     )
 
@@ -110,7 +128,7 @@ def intro(asked: Answer | Evaluator) -> str:
 _SCALED: Final = "an H200's tables are scaled by physical floors; take the times for a direction"
 
 
-def lines(answer: Answer, files: Files = _NONE) -> Iterator[str]:
+def lines(answer: Answer, files: Files = NO_FILES) -> Iterator[str]:
     """The whole answer as text, below `intro`."""
     top = answer.plan.top
     for title, head, cells in (
@@ -122,8 +140,8 @@ def lines(answer: Answer, files: Files = _NONE) -> Iterator[str]:
         yield f"\n{title}\n" + (table(head, cells) if cells else "nothing fits")
     if answer.together:
         yield TOGETHER_NOTE
-    units: list[Decode | Prefill] = [*answer.decodes[:1], *answer.prefills[:1]]
-    for unit in units:
+    best: list[Decode | Prefill | Together] = [*answer.decodes[:1], *answer.prefills[:1], *answer.together[:1]]
+    for unit in best:
         yield from _terms(unit)
     if notes := starts_note(answer):
         yield f"\n{notes}"
@@ -149,34 +167,56 @@ TOGETHER_NOTE: Final = (
 
 
 def starts_note(answer: Answer) -> str:
-    """A word where a step is mostly starts of kernels, else nothing."""
-    if not any(one.step.bounds.get(one.step.bound) == "starts" for one in answer.decodes[:1]):
+    """A word where a step of a unit that is shown as the best is largely starts of kernels, or where the model is far
+    from the tables' one, else nothing."""
+    best: list[tuple[str, Decode | Prefill]] = [("the best decode", one) for one in answer.decodes[:1]]
+    best += [("the best prefill", one) for one in answer.prefills[:1]]
+    for both in answer.together[:1]:
+        best += [("the best one unit's decode", both.decode), ("the best one unit's prefill", both.prefill)]
+    shares = {name: starts_share(one.step) for name, one in best}
+    largest = max(shares, key=shares.__getitem__, default="")
+    small = answer.model.hidden_size < SMALL_HIDDEN
+    if not shares or (shares[largest] < MOST_STARTS and not small):
         return ""
+    why = f"starts of kernels are {shares[largest]:.0%} of {largest} step"
+    if small:
+        why = f"a model {answer.model.hidden_size} wide is far from DeepSeek-V3's 7168; {why}"
     return (
-        "the best decode step is bound by the starts of kernels, of which the tables know only DeepSeek-V3's, in a "
-        "graph:\nfor a model or a batch this small the figures are far too fast"
+        f"{why}, and the tables\nknow those of DeepSeek-V3 only, in a graph: for a model or a batch this small the "
+        "figures are far too fast"
     )
 
 
-def term_cells(one: Decode | Prefill) -> list[Cells]:
-    """(term, milliseconds of the busiest rank, share of the step, what bounds it)."""
-    step = one.step
-    parts = dict(step.terms) | {"transfers": step.summary.exposed_us[0]}
+def starts_share(step: Step) -> float:
+    """Of a step: the parts that are more than half starts."""
+    return sum(us for name, us in step.parts.items() if step.bounds.get(name) == "starts") / step.us
+
+
+def term_cells(one: Decode | Prefill | Together) -> list[Cells]:
+    """(term, milliseconds of the busiest rank, share of the step, what bounds it); of one unit for both: of the mean
+    step."""
+    parts, bounds, us = (
+        (one.parts_us, one.bounds, one.tpot_ms * 1e3)
+        if isinstance(one, Together)
+        else (one.step.parts, one.step.bounds, one.step.us)
+    )
     rows: list[Cells] = [
-        (name, short(us / 1e3), f"{us / step.us:.0%}", step.bounds.get(name, "") if us else "none")
-        for name, us in parts.items()
+        (name, short(own / 1e3), f"{own / us:.0%}", bounds.get(name, "") if own else "none")
+        for name, own in parts.items()
     ]
     return [*rows, ("a mean rank waits", short(waits_ms(one)), "within", "the busiest rank")]
 
 
-def waits_ms(one: Decode | Prefill) -> float:
+def waits_ms(one: Decode | Prefill | Together) -> float:
     """Milliseconds of a step for which a rank of mean load stands still; a part of what the busiest one computes."""
+    if isinstance(one, Together):
+        return waits_ms(one.decode) + one.share * waits_ms(one.prefill)
     us = one.step.summary.waiting_us[1]
     return us / 1e3 if us > 1e-3 else 0.0  # sums of floats leave a rest
 
 
-def _terms(one: Decode | Prefill) -> Iterator[str]:
-    yield f"\n{shape_text(one)}; {memory_text(one)}"
+def _terms(one: Decode | Prefill | Together) -> Iterator[str]:
+    yield f"\n{both_text(one) if isinstance(one, Together) else shape_text(one)}; {memory_text(one)}"
     yield table(TERM_HEAD, term_cells(one))
 
 
@@ -187,6 +227,14 @@ def shape_text(one: Decode | Prefill) -> str:
     parts = [f"{agreed.num_micro_batches} micro-batch{'es' if agreed.num_micro_batches > 1 else ''}"]
     parts += [f"{agreed.num_chunks} dispatches each{_FEWER}"] if agreed.num_chunks > 1 else []
     return f"{one.deployment.layout}: {' of '.join(parts)}, {short(hidden / 1e3)} ms of transfers hidden"
+
+
+def both_text(one: Together) -> str:
+    """What the parts of one unit for both are of."""
+    return (
+        f"one unit, {one.decode.deployment.layout}, batch {one.decode.batch}: the mean step, with {one.share:.1%} "
+        f"of the {short(one.prefill.step.us / 1e3)} ms of {one.prefill.tokens} prompt tokens"
+    )
 
 
 _FEWER: Final = " (fewer with a larger dispatch_buffer_bytes=)"
@@ -214,7 +262,7 @@ def units_text(one: Apart) -> str:
     return f"{units} for each decode unit of {sizes[1]}; {whole}"
 
 
-def memory_text(one: Decode | Prefill) -> str:
+def memory_text(one: Decode | Prefill | Together) -> str:
     """Parts of a rank's memory."""
     memory = one.memory
     return (

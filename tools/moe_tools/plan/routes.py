@@ -5,7 +5,7 @@ L layers that are looked at, N tokens, E' logical experts, K experts of a token 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Final
@@ -17,8 +17,10 @@ from moe_models.base import ModelConfig
 from moe_models.deepseek_v3.assembly import gate_rule
 from torch import Tensor
 
-from moe_runtime.balance.trace import Trace, read_trace
+from moe_runtime.balance.trace import Trace
+from moe_runtime.balance.trace_readers import read_any
 from moe_runtime.errors import TraceError
+from moe_tools.plan.recording import Repeat, repeated
 
 POOL: Final = 16384
 """Tokens drawn per layer; larger steps take them several times."""
@@ -26,6 +28,8 @@ SEEN: Final = 8192
 """Tokens per layer that a planner sees of drawn routes."""
 STEEPNESS: Final = 0.25
 """Logits are small, so that the gate's sigmoid keeps their differences."""
+_OURS: Final = "moe_runtime"
+"""The header's `source` of this runtime's recordings"""
 SHIFT: Final = 4.0
 """Taken from all logits before, so that no sigmoid saturates."""
 
@@ -43,6 +47,8 @@ class Routes:
     source: str
     ordered: bool = False
     """Their order makes them even: a step takes them as they stand"""
+    repeat: Repeat | None = None
+    """Of a recording: its rows replayed under its own placement against those measured"""
 
     @property
     def num_logical(self) -> int:
@@ -104,18 +110,22 @@ def even(model: ModelConfig, *, num_layers: int = 1, num_shared: int = 0) -> Rou
 def recorded(
     folder: str | Path, model: ModelConfig, *, name: str | None, num_layers: int, num_shared: int = 0
 ) -> Routes:
-    """Routes of a per_token trace of this model, in up to `num_layers` layers spread over its depth. `name`: what a
-    recording calls the model; None lets a fine-tune of the same shape pass.
+    """Routes of a per_token trace of this model or of another program's record, in up to `num_layers` layers spread
+    over its depth. `name`: what a recording calls the model; None lets a fine-tune of the same shape pass.
 
     TraceError where the trace is of another model (layers, experts, top_k, name) or holds no routes.
     """
-    trace = read_trace(folder)
+    trace = open_trace(folder, model)
     header = trace.header
-    trace.check_model(
-        num_layers=len(model.moe_layers),
-        num_logical=model.n_routed_experts + num_shared,
-        top_k=model.num_experts_per_tok + num_shared,
-    )
+    try:
+        trace.check_model(
+            num_layers=len(model.moe_layers),
+            num_logical=model.n_routed_experts + num_shared,
+            top_k=model.num_experts_per_tok + num_shared,
+        )
+    except TraceError as error:
+        own = f" Or plan for the trace's own: model={header.model}" if header.model not in ("", name) else ""
+        raise TraceError(f"trace={folder}: {error}{own}") from None
     if name is not None and header.model and header.model != name:
         raise TraceError(
             f"trace={folder}: is of model {header.model!r}, and this is {name!r}. Record a trace of this model, or, if "
@@ -129,14 +139,25 @@ def recorded(
     count = min(num_layers, header.num_layers)
     layers = tuple([index * header.num_layers // count for index in range(count)])
     source = f"trace {folder} of {header.model or 'a model without a name'}: {trace.routes.shape[0]} tokens"
-    return from_trace(trace, layers, source=source)
+    return replace(from_trace(trace, layers, source=source), repeat=repeated(trace))
+
+
+def open_trace(place: str | Path, model: ModelConfig) -> Trace:
+    """A recording of ours, or another program's record, with this model's number of experts. TraceError as
+    `read_any`."""
+    return read_any(place, num_routed=model.n_routed_experts)
+
+
+def seen_loads(trace: Trace) -> Tensor:
+    """[W, L, E'] int64: what a planner goes by. Other programs' windows are requests, not times: one for all."""
+    return trace.loads if trace.header.source == _OURS else trace.loads.sum(0, keepdim=True)
 
 
 def from_trace(trace: Trace, layers: tuple[int, ...], *, source: str) -> Routes:
     """All tokens of a trace, in the order of requests and their positions."""
     order = torch.from_numpy(np.lexsort((trace.position.numpy(), trace.request.numpy())))
     ids = trace.routes[order][:, list(layers)].transpose(0, 1).long()
-    return Routes(ids.contiguous(), trace.loads[:, list(layers)], layers, source)
+    return Routes(ids.contiguous(), seen_loads(trace)[:, list(layers)], layers, source)
 
 
 def _with_shared(ids: Tensor, experts: int, num_shared: int) -> Tensor:

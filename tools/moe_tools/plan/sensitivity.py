@@ -10,8 +10,8 @@ from typing import Final
 import numpy as np
 
 from moe_runtime.parallel.placement import ExpertPlacement
+from moe_tools.plan.deployment import base_config
 from moe_tools.plan.hardware import load_machine
-from moe_tools.plan.layouts import base_config
 from moe_tools.plan.published import FITTED, Predictor, fit
 from moe_tools.plan.published_runs import RUNS, Published
 from moe_tools.plan.replay import Replay

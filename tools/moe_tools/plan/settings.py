@@ -22,17 +22,19 @@ DEFAULT_SKEW: Final = 0.63
 class PlanConfig:
     """One question to the planner. Lists are the values of which every combination is a layout."""
 
-    model: str = setting("deepseek_v3", "a shape in configs/shapes, a checkpoint folder or its config.json",
-                         verbatim=True)  # fmt: skip
+    model: str = setting("deepseek_v3", "a shape in configs/shapes, a checkpoint folder or its config.json; "
+                         "the trace's own where it is here", verbatim=True)  # fmt: skip
     hardware: str = setting("h200", "an entry of configs/hardware, or a JSON file of its form", verbatim=True)
-    trace: str | None = setting(None, "per_token trace whose routes are replayed; null: drawn by skew", verbatim=True)
+    trace: str | None = setting(
+        None, "per_token trace, or another program's routes, that are replayed; null: drawn by skew", verbatim=True
+    )
     fine_tune: bool = setting(False, "the trace may be of a model of another name: one is a fine-tune of the other")
     skew: float = setting(
         DEFAULT_SKEW, "experts' popularity falls as 1/rank^skew; 0: even. The default fits published R1 loads",
         minimum=0.0, maximum=3.0,
     )  # fmt: skip
-    prompt_tokens: int = setting(2048, "tokens of a prompt", minimum=1)
-    output_tokens: int = setting(1024, "new tokens of a request", minimum=1)
+    prompt_tokens: int = setting(2048, "tokens of a prompt; cut, unless given, to what the model holds", minimum=1)
+    output_tokens: int = setting(1024, "new tokens of a request; likewise", minimum=1)
     tpot_ms: float | None = setting(50.0, "most milliseconds per output token; null: no bound", minimum=0.01)
     ttft_ms: float | None = setting(None, "most milliseconds to the first token, without queueing", minimum=0.01)
     ep: tuple[int, ...] = setting((8, 16, 32, 64, 128), "ranks of a unit")
@@ -111,6 +113,8 @@ def parse_words(words: Sequence[str]) -> PlanConfig:
             raise ConfigError(f"{word}: settings are written key=value.{hint} `help` lists every key.")
         if name not in known:
             raise ConfigError(f"{name}: unknown key.{nearest(name, known)} `help` lists every key.")
+        if name in tree:
+            raise ConfigError(f"{word}: {name} is set twice. Give each key once.")
         tree[name] = _value(known[name], text)
     values = read_tree(known.values(), tree)
     config = PlanConfig(**cast(dict[str, Any], values))
@@ -119,7 +123,11 @@ def parse_words(words: Sequence[str]) -> PlanConfig:
     for backend in config.dispatch:
         if backend not in BACKENDS:
             raise ConfigError(f"dispatch={backend}: must be one of {', '.join(BACKENDS)}.{nearest(backend, BACKENDS)}")
-    return config
+    if config.validate and (other := next((name for name in tree if name not in ("validate", "seed")), None)):
+        raise ConfigError(f"{other}=: says nothing of published runs. Leave it out, or leave validate=true out.")
+    from moe_tools.plan.defaults import filled
+
+    return config if config.validate else filled(config, tree)
 
 
 def _value(key: Key, text: str) -> object:
@@ -164,6 +172,6 @@ def help_text() -> str:
             "",
             *[f"  {name:<{width}}  {text}" for name, text in rows.items()],
             "",
-            "lists are written ep=8,32 or ep=[8,32]; the last word of a key counts",
+            "lists are written ep=8,32 or ep=[8,32]",
         ]
     )

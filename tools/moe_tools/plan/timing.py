@@ -18,9 +18,10 @@ from moe_runtime.dispatch.overlap import Stage, Stages, interleave
 from moe_runtime.dispatch.timeline import Costs, Summary, Timeline, Turn, simulate, summarize
 from moe_runtime.engine.lockstep import AgreedStep, LockstepLimits, Wish, agree, cut_rows
 from moe_tools.bench.floor import Hardware
+from moe_tools.plan.clock import step_us
 from moe_tools.plan.costs import CostModel, LayerCosts
+from moe_tools.plan.deployment import Deployment
 from moe_tools.plan.hardware import Machine
-from moe_tools.plan.layouts import Deployment
 
 MOST_HIDDEN: Final = 0.5
 """Of a layer's attention, that a negative gap takes away at most: assumed."""
@@ -41,17 +42,33 @@ class Constants:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step takes. Bytes and microseconds are per rank and step; `terms`: the busiest rank's parts."""
+    """What one step takes. Bytes and microseconds are per rank and step. Its parts are worked out when they are asked
+    for: a search looks at many steps and shows few."""
 
     agreed: AgreedStep
     us: float
-    terms: Mapping[str, float]
-    summary: Summary
     imbalance: float
     """Rows of the busiest rank over the mean, mean over the layers"""
     network_bytes: float
     """Mean of the ranks"""
+    find_terms: Callable[[], Mapping[str, float]] = field(repr=False, compare=False)
+    find_summary: Callable[[], Summary] = field(repr=False, compare=False)
     find_bounds: Callable[[], Mapping[str, str]] = field(repr=False, compare=False)
+
+    @cached_property
+    def terms(self) -> Mapping[str, float]:
+        """What the busiest rank computes, by parts."""
+        return self.find_terms()
+
+    @cached_property
+    def summary(self) -> Summary:
+        """The clock's, of the busiest rank and of a mean one."""
+        return self.find_summary()
+
+    @property
+    def parts(self) -> Mapping[str, float]:
+        """The terms, and the transfers during which the busiest rank computes nothing: they add up to the step."""
+        return dict(self.terms) | {"transfers": self.summary.exposed_us[0]}
 
     @cached_property
     def bounds(self) -> Mapping[str, str]:
@@ -61,8 +78,7 @@ class Step:
     @property
     def bound(self) -> str:
         """The largest of what is exposed: one term's name."""
-        parts = dict(self.terms) | {"transfers": self.summary.exposed_us[0]}
-        return max(parts, key=parts.__getitem__)
+        return max(self.parts, key=self.parts.__getitem__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,32 +117,35 @@ class StepTimer:
     def decode_us(self, batch: int, kv_len: float, *, limits: LockstepLimits) -> float:
         """`decode(...).us` without its parts."""
         shape = self._shape(batch, decode=True, length=kv_len, limits=limits)
-        return self._timeline(shape, decode=True, who=(0,)).step_us
+        return self._us(shape, decode=True)
 
     def prefill_us(self, tokens: int, prompt: int, *, limits: LockstepLimits) -> float:
         """`prefill(...).us` without its parts."""
         shape = self._shape(tokens, decode=False, length=prompt, limits=limits)
-        return self._timeline(shape, decode=False, who=(0,)).step_us * self.constants.prefill_stretch
+        return self._us(shape, decode=False)
 
     def _step(self, tokens: int, *, decode: bool, length: float, limits: LockstepLimits) -> Step:
         shape = self._shape(tokens, decode=decode, length=length, limits=limits)
-        timeline = self._timeline(shape, decode=decode, who=(0, 1))
-        stretch = 1.0 if decode else self.constants.prefill_stretch
         layers, count = len(self.deployment.model.moe_layers), shape.agreed.num_chunks
         moved = sum(layer.dispatch.mean_network_bytes + layer.combine.mean_network_bytes for layer in shape.layers)
-        terms = _terms(timeline.costs[0], layers, count)
+        stretch = self._stretch(decode=decode)
         return Step(
             agreed=shape.agreed,
-            us=timeline.step_us * stretch,
-            terms={name: us * stretch for name, us in terms.items()},
-            summary=_stretched(summarize(timeline), stretch),
+            us=self._us(shape, decode=decode),
+            find_terms=lambda: {
+                name: us * stretch for name, us in _terms(self._costs(shape, 0, decode=decode), layers, count).items()
+            },
+            find_summary=lambda: _stretched(summarize(self._timeline(shape, decode=decode)), stretch),
             imbalance=float(np.mean([layer.imbalance for layer in shape.layers])),
             network_bytes=moved * layers * count,
             find_bounds=partial(self._bounds, shape, decode=decode, length=length),
         )
 
     def _bounds(self, shape: _Shape, *, decode: bool, length: float) -> dict[str, str]:
-        """What holds each term. "starts": what an infinitely fast machine would take is more than half of it."""
+        """What holds each term of the first micro-batch, which the others are like.
+
+        "starts": what an infinitely fast machine would take is more than half of it.
+        """
         found = self.costs.bounds(shape.rows[0], shape.layers[0], decode=decode, length=length)
         instant = CostModel(
             replace(self.deployment, machine=_instant(self.deployment.machine)), self.costs.routes, self.costs.replay,
@@ -157,32 +176,46 @@ class StepTimer:
         self._shapes[key] = _Shape(agreed, rows, costs, [layer for _, layer in parts])
         return self._shapes[key]
 
-    def _timeline(self, shape: _Shape, *, decode: bool, who: tuple[int, ...]) -> Timeline:
-        """The clock's, with the constants."""
+    def _us(self, shape: _Shape, *, decode: bool) -> float:
+        """The step's time: the busiest rank's, whom all others wait for."""
+        costs, chunks = self._costs(shape, 0, decode=decode), shape.agreed.num_chunks
+        return step_us(self._log(shape), costs, num_chunks=chunks) * self._stretch(decode=decode)
+
+    def _stretch(self, *, decode: bool) -> float:
+        return 1.0 if decode else self.constants.prefill_stretch
+
+    def _timeline(self, shape: _Shape, *, decode: bool) -> Timeline:
+        """The clock's, of the busiest rank and of a mean one."""
+        costs = [self._costs(shape, who, decode=decode) for who in (0, 1)]
+        return simulate([self._log(shape)] * 2, costs, num_chunks=shape.agreed.num_chunks)
+
+    def _log(self, shape: _Shape) -> list[Turn]:
+        """The order in which the micro-batches' stages begin."""
+        log: list[Turn] = []
+        moe_layers = len(self.deployment.model.moe_layers)
+        interleave(
+            [_program(moe_layers, shape.agreed.num_chunks) for _ in shape.rows],
+            lambda micro_batch, stage: log.append((micro_batch, stage)),
+        )
+        return log
+
+    def _costs(self, shape: _Shape, who: int, *, decode: bool) -> list[Costs]:
+        """Each micro-batch's, with the constants. `who`: 0 the busiest rank, 1 a mean one."""
         far = decode and self.deployment.layout.ep > self.deployment.machine.nvlink_ranks
         wire = self.constants.wire_stretch if far else 1.0
         gap = self.constants.gap_us if decode else 0.0
-        model, chunks = self.deployment.model, shape.agreed.num_chunks
+        model = self.deployment.model
         dense = model.num_layers - len(model.moe_layers)
-        costs = [
-            [
-                replace(
-                    own,
-                    first_us=own.first_us + dense * _least(gap, own.attention_us),
-                    attention_us=own.attention_us + _least(gap, own.attention_us),
-                    dispatch_us=own.dispatch_us * wire,
-                    combine_us=own.combine_us * wire,
-                )
-                for own in shape.costs[rank]
-            ]
-            for rank in who
+        return [
+            replace(
+                own,
+                first_us=own.first_us + dense * _least(gap, own.attention_us),
+                attention_us=own.attention_us + _least(gap, own.attention_us),
+                dispatch_us=own.dispatch_us * wire,
+                combine_us=own.combine_us * wire,
+            )
+            for own in shape.costs[who]
         ]
-        log: list[Turn] = []
-        interleave(
-            [_program(len(model.moe_layers), chunks) for _ in shape.rows],
-            lambda micro_batch, stage: log.append((micro_batch, stage)),
-        )
-        return simulate([log for _ in who], costs, num_chunks=chunks)
 
 
 def decode_shape(deployment: Deployment, batch: int) -> tuple[int, int, bool]:

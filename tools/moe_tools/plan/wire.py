@@ -6,7 +6,7 @@ without tables gets the H200's share of its datasheet rates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -28,17 +28,21 @@ SMOOTH: Final = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One way of one dispatch. `us`: its time; bytes: the busiest rank's, the larger of sent and received."""
+    """One way of one dispatch. `us`: its time; bytes: the busiest rank's, the larger of sent and received;
+    `network_us`, `nvlink_us`: what each link alone would take, without starts."""
 
     us: float
     network_bytes: float
     nvlink_bytes: float
     mean_network_bytes: float
+    network_us: float
+    nvlink_us: float
 
-    @property
-    def bound(self) -> str:
-        """Which link it waits for."""
-        return "network" if self.network_bytes else "nvlink"
+
+def slower_link(transfers: Sequence[Transfer]) -> str:
+    """The link that `transfers` wait for: where all of them together would take longer."""
+    network, nvlink = sum(one.network_us for one in transfers), sum(one.nvlink_us for one in transfers)
+    return "network" if network > nvlink else "nvlink"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ class Wire:
         row = self._row_bytes(way)
         match self.backend:
             case "local":
-                return Transfer(0.0, 0.0, 0.0, 0.0)
+                return Transfer(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
             case "all_gather":
                 return self._gather(way, capacity)
             case "all_to_all" if decode:
@@ -90,9 +94,12 @@ class Wire:
         network = torch.maximum((copies * far).sum(0), (copies * far).sum(1)) * row
         nvlink = torch.maximum((copies * near).sum(0), (copies * near).sum(1)) * row
         rates = self._low_latency_rates(way)
-        us = fixed + 1e6 * torch.maximum(network / rates[0], nvlink / rates[1]).max()
-        return Transfer(float(us), float(network.max()), float(nvlink.max()), float((copies * far).sum(1).mean()) * row
-                        if far.any() else 0.0)  # fmt: skip
+        times = 1e6 * network / rates[0], 1e6 * nvlink / rates[1]
+        us = fixed + torch.maximum(*times).max()
+        mean = float((copies * far).sum(1).mean()) * row if far.any() else 0.0
+        return Transfer(
+            float(us), float(network.max()), float(nvlink.max()), mean, float(times[0].max()), float(times[1].max())
+        )
 
     def _forwarded(self, counts: Counts, row: float, way: Way, scale: float) -> Transfer:
         """One copy per node over the network to the rank of the home's number there, which forwards it over NVLink,
@@ -111,7 +118,9 @@ class Wire:
         rates = [self._normal_rate(link, way) for link in ("network", "nvlink")]
         us = 1e6 * ((network / rates[0]) ** SMOOTH + (nvlink / rates[1]) ** SMOOTH).max() ** (1 / SMOOTH)
         fixed = self._fixed("nvlink_fixed_us" if self._one_domain else "network_fixed_us")
-        return Transfer(2 * fixed + float(us), float(network.max()), float(nvlink.max()), float(far.sum(1).mean()))
+        most = float(network.max()), float(nvlink.max())
+        times = [1e6 * num_bytes / rate for num_bytes, rate in zip(most, rates, strict=True)]
+        return Transfer(2 * fixed + float(us), *most, float(far.sum(1).mean()), *times)
 
     def _normal_rate(self, link: str, way: Way) -> float:
         """Bytes per second of one rank that the kernels for many tokens reach on one link."""
@@ -137,8 +146,9 @@ class Wire:
         network = float(enters.max())
         nvlink = whole * (1 - 1 / spec.ep)
         rates = self._low_latency_rates("dispatch")
-        us = self._fixed("collective_fixed_us") + 1e6 * max(network / rates[0], nvlink / rates[1])
-        return Transfer(us, network, nvlink, float((enters * sizes).sum()) / spec.ep)
+        times = 1e6 * network / rates[0], 1e6 * nvlink / rates[1]
+        us = self._fixed("collective_fixed_us") + max(times)
+        return Transfer(us, network, nvlink, float((enters * sizes).sum()) / spec.ep, *times)
 
     def _low_latency_rates(self, way: Way) -> tuple[float, float]:
         """Network's and NVLink's bytes per second of one rank."""

@@ -123,7 +123,8 @@ function rankCurve(chosen) {
   }
   word(chart.svg, FRAME.left, "busiest rank", "start");
   word(chart.svg, FRAME.width - FRAME.right, "least busy", "end");
-  const say = (i) => `Rank ${i + 1} of ${count} from the busiest: ${lines.map(({ own, values }) => `${own.name} ${times(values[i] ?? null)}`).join(" · ")}`;
+  const at = (values, i) => (count > 1 ? Math.round((i * (values.length - 1)) / (count - 1)) : 0);
+  const say = (i) => `${lines.map(({ own, values }) => `${own.name} ${times(values[at(values, i)])} (rank ${at(values, i) + 1} of ${values.length} from the busiest)`).join(" · ")}`;
   readout("curve", chart, count, place, say, "× the mean over ranks; 1 is an even share.");
   byId("curve-note").textContent = chosen === null ? "all layers" : `layer ${chosen}`;
 }

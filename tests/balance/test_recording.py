@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +14,17 @@ import torch
 from moe_kernels import backends
 
 from moe_runtime import LLM
+from moe_runtime.balance import files, trace_writer
 from moe_runtime.balance.trace import Trace, TraceWriter, read_trace, routed_loads
+from moe_runtime.engine import snapshot_file
 from moe_runtime.engine.engine import RankEngine
 from moe_runtime.engine.snapshot_file import read_snapshot
+from moe_runtime.engine.trace_thread import TraceThread
 from moe_runtime.errors import ConfigError, EngineClosedError
 from moe_runtime.launch import graphs as launch_graphs
 from moe_runtime.launch import recording as launch_recording
 from moe_runtime.launch.compose import compose
+from moe_runtime.launch.executors import process
 from tests.api.tiny import NUM_EXPERTS, NUM_MOE_LAYERS, TOP_K, greedy, wait_until_idle, write_tiny
 from tests.doubles.cuda_graph import RecordedGraphs
 
@@ -199,11 +206,100 @@ def test_a_full_disk_ends_the_trace_and_not_the_run(
     with LLM(str(folder), overrides=[*WORDS, "ep=2", f"balance.trace={tmp_path / 't'}"]) as llm:
         outputs = llm.generate([[5], [6]], greedy(12))
         window = llm.snapshot().window
+        for _ in range(200):  # it is written beside the steps, so a later window tells
+            if window is not None and window.trace_error is not None:
+                break
+            llm.generate([[5]], greedy(4))
+            window = llm.snapshot().window
     assert [len(output.outputs[0].token_ids) for output in outputs] == [12, 12]
     assert window is not None and window.trace_error is not None
     assert "the trace ended at step" in window.trace_error and "No space left" in window.trace_error
     trace = read_trace(tmp_path / "t")
     assert len(calls) == 2 and not trace.header.complete and int(trace.window_steps.sum()) == 3
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """The processes of the other ranks."""
+    found: list[subprocess.Popen[bytes]] = []
+    wait = process.Children.wait_until_ready
+
+    def started(own: process.Children) -> None:
+        found.extend(own._processes)
+        wait(own)
+
+    monkeypatch.setattr(process.Children, "wait_until_ready", started)
+    return found
+
+
+@pytest.mark.parametrize(("launcher", "patience"), [("virtual", 0.5), ("process", 2)])
+def test_a_disk_that_hangs_holds_no_step_up(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    children: list[subprocess.Popen[bytes]],
+    launcher: str,
+    patience: float,
+) -> None:
+    """For longer than ranks wait for each other, and so does the end, when they have gone."""
+    go, write = threading.Event(), files.write_atomic
+
+    def hang(file: Path, data: bytes) -> None:
+        if file.name != "trace.json":
+            go.wait(60)
+        write(file, data)
+
+    monkeypatch.setattr(trace_writer, "write_atomic", hang)
+    monkeypatch.setattr(trace_writer, "PART_SECONDS", 0.0)
+    if launcher == "virtual":
+        monkeypatch.setattr(snapshot_file, "write_atomic", hang)
+    monkeypatch.setattr(launch_recording, "_DISK_WAIT_S", patience + 0.5)
+    words = [*WORDS, "ep=2", f"launcher={launcher}", f"comm_timeout_s={patience}", f"balance.trace={tmp_path / 't'}"]
+    with LLM(str(folder), overrides=words) as llm:
+        began = time.monotonic()
+        while time.monotonic() - began < patience + 0.3:
+            assert llm.generate([[5], [6]], greedy(12))[0].finished
+        window, began = llm.snapshot().window, time.monotonic()
+    assert time.monotonic() - began < 20, "at most `_DISK_WAIT_S` for the trace, and for the snapshot"
+    assert [child.returncode for child in children] == [0] * (launcher == "process"), "rank 1 has ended well"
+    assert window is not None and window.trace_error is None and not read_trace(tmp_path / "t").header.complete
+    assert f"balance.trace: not all was written within {patience + 0.5:g} s of the run's end" in caplog.text
+    assert launcher != "virtual" or "the last snapshot was not written: not within 1 s" in caplog.text
+    go.set()
+    until = time.monotonic() + 30
+    while not read_trace(tmp_path / "t").header.complete and time.monotonic() < until:
+        time.sleep(0.05)
+    trace = read_trace(tmp_path / "t")
+    assert trace.header.complete and int(trace.last_step[-1]) >= window.last_step, "the thread went on"
+
+
+def test_other_ranks_hear_of_a_failure_before_the_disk_is_waited_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, children: list[subprocess.Popen[bytes]]
+) -> None:
+    go, ended = threading.Event(), list[int | None]()
+    close, flush = TraceThread.close, TraceWriter.flush
+
+    def watched(trace: TraceThread) -> None:
+        close(trace)
+        ended.extend([child.poll() for child in children])
+
+    def hang(writer: TraceWriter) -> None:
+        go.wait(60)
+        flush(writer)
+
+    def broken(engine: RankEngine, *args: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(TraceThread, "close", watched)
+    monkeypatch.setattr(TraceWriter, "flush", hang)
+    monkeypatch.setattr(RankEngine, "_sample", broken)
+    monkeypatch.setattr(launch_recording, "_DISK_WAIT_S", 2.5)
+    words = [*WORDS, "ep=2", "launcher=process", f"balance.trace={tmp_path / 't'}"]
+    with LLM(str(folder), overrides=words) as llm, pytest.raises(EngineClosedError, match="broken"):
+        llm.generate([[5], [6]], greedy(12))
+    go.set()
+    assert ended == [process.EXIT_TOLD], "rank 1 has been told, and has left"
 
 
 def test_what_a_failed_run_had_recorded_stays(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +324,8 @@ def test_the_snapshot_file_follows_the_engine(folder: Path, tmp_path: Path) -> N
     file = tmp_path / "run" / "now.json"
     with LLM(str(folder), overrides=[*WORDS, "ep=4", "tp=2", f"snapshot_file={file}"]) as llm:
         llm.generate(PROMPTS, greedy(LENGTH))
+        while not file.exists():
+            time.sleep(0.01)
         first = read_snapshot(file)
         assert first["engine"]["state"] == "running"
         assert first["run"]["num_logical"] == NUM_EXPERTS and first["run"]["record"] == "stat"
@@ -255,6 +353,12 @@ def test_snapshot_files_are_checked(tmp_path: Path) -> None:
             read_snapshot(file)
     with pytest.raises(ConfigError, match="Give the snapshot_file of a running engine"):
         read_snapshot(tmp_path / "none.json")
+    for place, message in (
+        (tmp_path, "must be a file, not a folder"),
+        (file / "s", "cannot be written: .*another path"),
+    ):
+        with pytest.raises(ConfigError, match=f"snapshot_file='{place}': {message}"):
+            snapshot_file.SnapshotFile(place, {}, within_s=1.0)
 
 
 def test_off_counts_nothing(folder: Path) -> None:

@@ -18,10 +18,17 @@ class Counter:
 
     loads: Tensor = field(default_factory=lambda: torch.zeros(1, 1, dtype=torch.int64))
     copies: int = 0
+    fails: bool = False
 
     def counts(self) -> Tensor:
-        self.copies += 1
         return self.loads.clone()
+
+    def copy_counts_(self, out: Tensor) -> None:
+        self.copies += 1
+        if self.fails:
+            out.zero_()
+            raise MemoryError("no room")
+        out.copy_(self.loads)
 
 
 def taken(interval: int, window: int, steps: int) -> list[int]:
@@ -71,3 +78,25 @@ def taken(interval: int, window: int, steps: int) -> list[int]:
 def test_windows_of_an_interval(interval: int, window: int, steps: int, wanted: list[int]) -> None:
     """What is left over is a window of its own from half a window on; too many windows are merged by two."""
     assert taken(interval, window, steps) == wanted
+
+
+def test_a_rank_that_cannot_read_its_counters() -> None:
+    """There are as many windows as on the others. Its tokens are in a later one, of the next interval at the last."""
+    cluster = VirtualCluster(2, deadline_s=10, num_threads=1)
+    groups = virtual_groups(cluster, dp=2, tp=1)
+
+    def run(rank: int) -> list[list[int]]:
+        counter = Counter()
+        windows = LoadWindows(counter, interval_steps=8, window_steps=2)
+        taken = []
+        for step in range(16):
+            counter.loads += rank + 1
+            counter.fails = rank == 1 and step in (3, 7)
+            windows.step()
+            if step % 8 == 7:
+                taken.append(windows.take(groups[rank].ep).flatten().tolist())
+        return taken
+
+    both = cluster.run(run)
+    cluster.close()
+    assert both[0] == both[1] == [[6, 2, 10, 2], [10, 6, 6, 6]]

@@ -1,4 +1,4 @@
-"""Layouts: a unit's mesh, redundancy and dispatch, as the runtime's own configuration; what fits, and its memory."""
+"""Deployments: a layout (mesh, redundancy, dispatch) as the runtime's own configuration; what fits, and its memory."""
 
 from __future__ import annotations
 
@@ -210,10 +210,13 @@ def base_config(plan: PlanConfig, machine: Machine) -> tuple[RuntimeConfig, Mode
         raise ConfigError(f"model={plan.model}: has no layers with experts. Give an MoE model.")
     total = plan.prompt_tokens + plan.output_tokens
     if total > composed.model.max_position_embeddings:
+        most = composed.model.max_position_embeddings
+        longer = max(("prompt_tokens", "output_tokens"), key=lambda name: int(getattr(plan, name)))
+        near = int(getattr(plan, longer)) - (total - most)
+        remedy = f"{longer}={near}" if near > 0 else f"prompt_tokens={most - most // 3}, output_tokens={most // 3}"
         raise ConfigError(
             f"prompt_tokens={plan.prompt_tokens}, output_tokens={plan.output_tokens}: together {total}, and the model "
-            f"holds {composed.model.max_position_embeddings}. Lower one of them by "
-            f"{total - composed.model.max_position_embeddings}."
+            f"holds {most}. Nearest: {remedy}."
         )
     return composed.config, composed.model
 
