@@ -14,7 +14,7 @@ from moe_runtime.types import LogicalRouting
 PHASES: Final = (Phase.DECODE, Phase.MIXED)
 """Counted apart, in this order."""
 
-_LATE: Final = 8192
+_LATE: Final = 16384
 _LATE_CALL: Final = 128
 """Assignments that wait to be counted on a CPU, where counting many at once saves two thirds of the time. A call counts
 for so many more: the memory of its tensor object."""
@@ -108,7 +108,7 @@ class LoadRecorder:
         if self._num_late:
             for counts, late in zip(self._counts, self._late, strict=True):
                 if late:
-                    ids = torch.cat([ids.flatten() for ids in late])
+                    ids = torch.cat(late)
                     counts.put_(ids, torch.ones_like(ids), accumulate=True)
                     late.clear()
             self._num_late = 0
