@@ -16,7 +16,7 @@ from moe_runtime.errors import TraceError
 from moe_runtime.launch import recording as launch_recording
 from moe_runtime.parallel.placement import ExpertPlacement
 from tests.api.tiny import NUM_EXPERTS, NUM_MOE_LAYERS, TOP_K, greedy, write_tiny
-from tests.engine.test_rebalance_runs import shuffled  # noqa: F401 - a fixture: all experts move every few steps
+from tests.engine.conftest import shuffled  # noqa: F401 - a fixture: all experts move every few steps
 
 PROMPTS = [[5, 6, 7], [9], [8, 10], [11, 12, 13, 14, 15]]
 LENGTHS = [14, 9, 3, 12]

@@ -204,3 +204,7 @@ def _flat(pair: tuple[OneSlot, OneSlot]) -> list[Tensor]:
 
 def _bits(x: Tensor) -> bytes:
     return x.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+Make = Callable[..., MovingWorld]
+"""Makes one, and closes it when its test has ended."""

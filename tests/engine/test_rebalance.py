@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, Final
 
@@ -20,27 +19,12 @@ from moe_runtime.errors import CommunicationError
 from moe_runtime.parallel.placement import ExpertPlacement
 from moe_runtime.parallel.replicas import ReplicaChoice
 from tests.engine import moving_world
-from tests.engine.moving_world import FP8, MovingWorld, Row, forced
+from tests.engine.moving_world import FP8, Make, Row, forced
 
 BUDGET: Final = {"slot_bytes": 3 * 32 * 16 * 4, "bytes_per_step": 4096, "num_local": 2}
 OLD: list[Row] = [[0, 1, 2, 3, 4, 5, 6, 0], [0, 1, 2, 3, 4, 5, 6, 6], [0, 1, 2, 3, 4, 5, 6, 1]]
 NEW: list[Row] = [[4, 1, 0, 3, 2, 6, 5, 3], [6, 1, 2, 0, 4, 5, 3, 2], [0, 1, 2, 3, 4, 5, 6, 4]]
 """Swaps between ranks, chains, a local move (layer 1: expert 6), copies that change hands, a slot that stays."""
-
-Make = Callable[..., MovingWorld]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    worlds: list[MovingWorld] = []
-
-    def one(*args: Any, **kwargs: Any) -> MovingWorld:
-        worlds.append(MovingWorld(*args, **kwargs))
-        return worlds[-1]
-
-    yield one
-    for world in worlds:
-        world.cluster.close()
 
 
 @pytest.fixture

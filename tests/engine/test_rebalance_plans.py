@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Final
@@ -19,28 +19,13 @@ from moe_runtime.engine.rebalance_plan import Cancellation, Planning, heard, in_
 from moe_runtime.engine.rebalance_state import Activity, Failure, RebalanceState, Stage
 from moe_runtime.parallel.placement import ExpertPlacement
 from tests.engine import moving_world
-from tests.engine.moving_world import MovingWorld, Row, forced
+from tests.engine.moving_world import Make, Row, forced
 
 OLD: Final[list[Row]] = [[0, 1, 2, 3, 4, 5, 6, 0], [0, 1, 2, 3, 4, 5, 6, 6]]
 NEW: Final[list[Row]] = [[4, 1, 0, 3, 2, 6, 5, 3], [6, 1, 2, 0, 4, 5, 3, 2]]
 STAY: Final = Decision(
     verdict=Verdict.NO_GAIN, steps=1, num_tokens=1, utilisation=0.5, without=0.5, planned=0.9, predicted=0.5
 )
-
-Make = Callable[..., MovingWorld]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    worlds: list[MovingWorld] = []
-
-    def one(*args: Any, **kwargs: Any) -> MovingWorld:
-        worlds.append(MovingWorld(*args, **kwargs))
-        return worlds[-1]
-
-    yield one
-    for world in worlds:
-        world.cluster.close()
 
 
 @pytest.fixture

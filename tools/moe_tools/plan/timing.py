@@ -18,7 +18,6 @@ from moe_runtime.dispatch.overlap import Stage, Stages, interleave
 from moe_runtime.dispatch.timeline import Costs, Summary, Timeline, Turn, simulate, summarize
 from moe_runtime.engine.lockstep import AgreedStep, LockstepLimits, Wish, agree, cut_rows
 from moe_tools.bench.floor import Hardware
-from moe_tools.plan.clock import step_us
 from moe_tools.plan.costs import CostModel, LayerCosts
 from moe_tools.plan.deployment import Deployment
 from moe_tools.plan.hardware import Machine
@@ -179,7 +178,7 @@ class StepTimer:
     def _us(self, shape: _Shape, *, decode: bool) -> float:
         """The step's time: the busiest rank's, whom all others wait for."""
         costs, chunks = self._costs(shape, 0, decode=decode), shape.agreed.num_chunks
-        return step_us(self._log(shape), costs, num_chunks=chunks) * self._stretch(decode=decode)
+        return simulate([self._log(shape)], [costs], num_chunks=chunks).step_us * self._stretch(decode=decode)
 
     def _stretch(self, *, decode: bool) -> float:
         return 1.0 if decode else self.constants.prefill_stretch
